@@ -145,7 +145,7 @@ def roofline_seconds(estimate: InferenceEstimate, forward_pass: ForwardPass, spe
     shape, dtype = estimate.transformer, estimate.dtype
     head = forward_pass.output_ids * shape.width * matrix_bytes(dtype, keep_halves=estimate.keep_halves)
     weights = estimate.layers + head
-    cache = estimate.rows * (1 + estimate.guided) * forward_pass.num_keys * position_bytes(shape, dtype)
+    cache = estimate.rows * (1 + estimate.guidance_rows) * forward_pass.num_keys * position_bytes(shape, dtype)
     return max((weights + cache) / speed.bandwidth, estimate.flops(forward_pass) / speed.flops)
 
 
@@ -242,7 +242,7 @@ def make_requests(config: ModelConfig, rows: int, num_codes: int) -> list[Decodi
         rows: Number of requests.
         num_codes: Codes of each image to generate.
     """
-    layout, sampling = config.layouts["generate"], config.sampling
+    layout, sampling = config.layouts["generate"], config.sampling_of("generate")
     texts = np.random.default_rng(0).integers(0, config.vocabulary.num_text_pieces, (rows, config.max_text))
 
     def arrange(text: Sequence[int]) -> TokenSequence:
@@ -255,7 +255,7 @@ def make_requests(config: ModelConfig, rows: int, num_codes: int) -> list[Decodi
             seed=0,
             image=index,
             sampling=sampling,
-            unconditional=None if sampling.guidance == 1 else arrange(()),
+            unconditional=() if sampling.guidance == 1 else (arrange(()),),
         )
         for index, text in enumerate(texts.tolist())
     ]

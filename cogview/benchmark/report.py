@@ -22,6 +22,7 @@ from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.device import available_memory, choose_placement
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
+from cogview.generation.guidance import necessary_rows
 from cogview.planning import ESTIMATE_MARGIN
 from cogview.planning.hardware import HardwareSpeed, measure_hardware
 from cogview.planning.inference import InferenceEstimate, estimate_inference
@@ -149,7 +150,7 @@ class BenchmarkReport:
             dtype=placement.weight_format,
             keep_halves=placement.matrices is not None,
             device_type=placement.device.type,
-            guided=config.sampling.guidance != 1,
+            guidance_rows=len(necessary_rows([config.sampling.guidance])[0]) - 1,
         )
 
     def measure(self, estimate: InferenceEstimate) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def _generate(
 ) -> int:
     """Generate the pictures that are not there yet; return their number."""
     from cogview.cli.session import note_unknown_words, open_model
+    from cogview.config_io import to_mapping
     from cogview.evaluation.field_benchmarks.runner import BenchmarkPictures, generate_pictures
     from cogview.evaluation.manifest import hash_prompts
     from cogview.evaluation.model_record import describe_model
@@ -206,7 +207,7 @@ def _generate(
             "prompts": asdict(hash_prompts([item.prompt for item in items])),
             "samples": samples,
             "seed": options.seed,
-            "sampling": asdict(picture_settings.sampling),
+            "sampling": to_mapping(picture_settings.sampling),
             "model": asdict(describe_model(opened)),
         }
         note_unknown_words(opened, [item.prompt for item in items])

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from cogview.config_io import to_mapping
 from cogview.errors import InputError
 from cogview.evaluation.diversity import (
     choice_sizes,
@@ -163,7 +164,7 @@ def measure_prompts(table: ResultTable, model: CogView, prompts: Sequence[str], 
         prompts=hash_prompts(prompts),
         selection=SelectionRecord(candidates=settings.images, by=chosen),
         seeds=SeedsRecord(first=settings.seed, count=1),
-        sampling=asdict(settings.sampling),
+        sampling=to_mapping(settings.sampling),
         model=describe_model(model),
         settings=table.settings,
         versions=describe_versions(),

@@ -5,7 +5,7 @@ all end at the same column. The columns before the first blank are prefilled in 
 from left to right. ``beam_search`` finds the most probable texts instead, and ``score`` evaluates a given text.
 """
 
-# J requests, B rows of a batch: one per request, then the unconditional ones. T columns
+# J requests, B rows of a batch: one per request, then the others of guided ones (``BatchRows``). T columns
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from cogview.generation.decoding_state import DecodingState, text_attention_bias
-from cogview.generation.requests import DecodingCallback, DecodingRequest, DecodingResult, notify, restore_tail
+from cogview.generation.guidance import arrange_rows
+from cogview.generation.requests import DecodingCallback, DecodingRequest, DecodingResult, notify, restore_blanks
 from cogview.generation.speculative import decode_speculatively, uses_cuda_graphs, window_limits
 from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import pad_left
-from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
 
@@ -54,28 +54,23 @@ def decode(
 
     Raises:
         DecodingStopped: The callback returned False.
-        ValueError: There are no requests, or a guided request has no matching unconditional sequence.
+        ValueError: There are no requests, or a guided request has no matching unconditional sequences.
     """
-    guided = [index for index, request in enumerate(requests) if request.sampling.guidance != 1]
-    sequences = [request.sequence for request in requests]
-    sequences += [_unconditional_sequence(requests[index]) for index in guided]
-    batch = pad_left([sequence.until_last_blank() for sequence in sequences], vocabulary.pad)
+    rows = arrange_rows(requests)
+    batch = pad_left([sequence.until_last_blank() for sequence in rows.sequences], vocabulary.pad)
     device = transformer.embedding.weight.device
     only_images = bool(batch.blanks.any()) and bool((batch.kinds[batch.blanks] == TokenKind.IMAGE).all())
     limits = window_limits(device, transformer.cpu_layers, speculative)
-    in_windows = only_images and (limits.width(len(sequences)) > 1 or uses_cuda_graphs(device))
-    bias_BT = text_attention_bias(batch, [request.sampling.text_attention for request in requests])
+    in_windows = only_images and (limits.width(len(batch.ids)) > 1 or uses_cuda_graphs(device))
+    bias_BT = text_attention_bias(batch, rows.text_attention)
     state = DecodingState(transformer, batch, bias_BT, int8=int8_cache)
-    sampler = TokenSampler(transformer, vocabulary, requests, batch, guided)
+    sampler = TokenSampler(transformer, vocabulary, requests, batch, rows)
 
     def partial_sequences(next_J: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Return the ids of each request, decoded up to the column ``next_J`` of the batch."""
         undecoded_JT = batch.blanks[: len(requests)] & (np.arange(batch.ids.shape[1]) >= next_J[:, None])
         ids_JT = np.where(undecoded_JT, vocabulary.pad, state.ids_BT[: len(requests)].cpu().numpy())
-        return [
-            restore_tail(request.sequence, ids[start:])
-            for request, ids, start in zip(requests, ids_JT, batch.starts, strict=False)
-        ]
+        return [restore_blanks(request.sequence, ids) for request, ids in zip(requests, ids_JT, strict=True)]
 
     if in_windows:
         decode_speculatively(state, sampler, limits, callback, partial_sequences)
@@ -111,14 +106,3 @@ def _decode_sequentially(
                 open_JT[ended] &= np.arange(open_JT.shape[1]) <= column
         if callback is not None:
             notify(callback, done, len(columns), partial(partial_sequences, np.full(len(requests), column + 1)))
-
-
-def _unconditional_sequence(request: DecodingRequest) -> TokenSequence:
-    """Return the unconditional sequence of a guided request; ValueError unless its blanks match."""
-    if request.unconditional is None:
-        raise ValueError("guidance needs the sequence without its text as well: set DecodingRequest.unconditional")
-    blanks = [one.until_last_blank().blanks[::-1] for one in (request.sequence, request.unconditional)]
-    shorter = min(map(len, blanks))
-    if not np.array_equal(blanks[0][:shorter], blanks[1][:shorter]) or any(b[shorter:].any() for b in blanks):
-        raise ValueError("a sequence and its unconditional sequence must end in the same blanks")
-    return request.unconditional

@@ -25,8 +25,9 @@ class DecodingRequest:
         image: Second part of the noise key, an int64: ``noise_stream`` of the index of the image and its prompt.
         noise_positions: Third part of the noise key for each token, (T,) int64. By default the index of a code in its
             image, or of a token in its text.
-        unconditional: The same sequence without its text, ending in the same blanks. Required if
-            ``sampling.guidance`` is not 1.
+        unconditional: Rows of guidance before the sequence itself, ending in the same blanks (``guidance.py``): the
+            sequence without its text, or with a negative one; or that without its source and text, then without its
+            text. Required if ``sampling.guidance``, or of the latter ``sampling.image_guidance``, is not 1.
     """
 
     sequence: TokenSequence
@@ -34,7 +35,7 @@ class DecodingRequest:
     sampling: Sampling
     image: int = 0
     noise_positions: NDArray[np.int64] | None = None
-    unconditional: TokenSequence | None = None
+    unconditional: tuple[TokenSequence, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class DecodingResult:
     Attributes:
         ids: Ids (T,) int64 of the whole sequence; ``[PAD]`` after the stop token of a text.
         log_probability: Sum of the log probabilities of the sampled ids among the candidates, in nats, before guidance,
-            temperature and filters.
+            temperature and filters: by the last row of the request that is computed.
     """
 
     ids: NDArray[np.int64]
@@ -99,4 +100,18 @@ def restore_tail(sequence: TokenSequence, ids: NDArray[np.int64]) -> NDArray[np.
     """
     restored: NDArray[np.int64] = sequence.ids.copy()
     restored[: len(ids)] = ids
+    return restored
+
+
+def restore_blanks(sequence: TokenSequence, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return all ids of ``sequence`` with its blanks as they were decoded.
+
+    Args:
+        sequence: The whole sequence.
+        ids: Ids of a row of a batch, whose last column is the last blank of ``sequence``.
+    """
+    end = len(sequence.until_last_blank())
+    start = max(0, end - len(ids))
+    restored: NDArray[np.int64] = sequence.ids.copy()
+    restored[start:end] = np.where(sequence.blanks[start:end], ids[len(ids) - (end - start) :], restored[start:end])
     return restored

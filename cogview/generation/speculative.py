@@ -10,7 +10,8 @@ Rows advance at different speeds. A step reads and writes buffers with fixed add
 device, so that CUDA can capture it as a graph and replay it.
 """
 
-# J requests, B rows: one per request, then the unconditional ones. T columns, W columns of a window, D model width
+# J requests, B rows: one per request, then the others of guided ones (``BatchRows``). K rows of a chain before its
+# last, T columns, W columns of a window, D model width
 from __future__ import annotations
 
 import logging
@@ -184,7 +185,7 @@ class SpeculativeDecoder:
         self.predicted_until_J = self.next_J.clone()
         self.accepted_J = torch.zeros_like(self.next_J)
         self._request_of_row_B = torch.from_numpy(sampler.request_of_row).to(device)
-        self._has_unconditional = len(batch.ids) > num_requests
+        self._has_chains = len(batch.ids) > num_requests
         self._groups = sampler.image_groups()
 
     def prefill(self) -> None:
@@ -217,9 +218,9 @@ class SpeculativeDecoder:
         ids_JW, log_p_JW = torch.empty_like(columns_JW), torch.empty(columns_JW.shape, device=columns_JW.device)
         for group in self._groups:
             rows_R = slice(num_requests) if group.rows_R is None else group.rows_R
-            unconditional = None if group.unconditional_R is None else hidden_BWD[group.unconditional_R].flatten(0, 1)
+            chains_KND = None if group.chains_KR is None else hidden_BWD[group.chains_KR].flatten(1, 2)
             hidden_ND, keys_N = hidden_BWD[rows_R].flatten(0, 1), keys_JW[rows_R].flatten()  # N = R W
-            ids_N, log_p_N = group.sample_ids(hidden_ND, keys_N, unconditional)
+            ids_N, log_p_N = group.sample_ids(hidden_ND, keys_N, chains_KND)
             ids_JW[rows_R], log_p_JW[rows_R] = ids_N.view(-1, width), log_p_N.view(-1, width)
         new_JW = columns_JW >= self.next_J.unsqueeze(1)
         sampled_JW = new_JW & self.open_JT.gather(1, columns_JW)
@@ -234,8 +235,8 @@ class SpeculativeDecoder:
         self.predicted_until_J.copy_(torch.maximum(self.predicted_until_J, columns_JW[:, -1]))
 
     def _for_all_rows(self, values_JW: Tensor) -> Tensor:
-        """Return (B, W): each unconditional row has the values of its request."""
-        return values_JW[self._request_of_row_B] if self._has_unconditional else values_JW
+        """Return (B, W): every row has the values of its request."""
+        return values_JW[self._request_of_row_B] if self._has_chains else values_JW
 
     def _write(self, columns_JW: Tensor, ids_JW: Tensor) -> None:
         """Write ids into the given columns of all rows."""

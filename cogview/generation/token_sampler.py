@@ -1,7 +1,7 @@
 """Sampling of the next tokens of a batch: candidate ids, settings, guidance and noise of every blank."""
 
-# J requests, B rows of a batch: one per request, then the unconditional ones. R rows of a group, T columns, D width of
-# the model, V candidate ids
+# J requests, B rows of a batch: one per request, then the others of guided ones (``BatchRows``). R rows of a group, K
+# rows of a chain before its last, T columns, D width of the model, V candidate ids
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cogview.device import float64_of
+from cogview.generation.guidance import BatchRows
 from cogview.generation.requests import DecodingRequest
 from cogview.generation.sampling import noise_keys, sample
 from cogview.modeling.config import Sampling
@@ -36,7 +37,7 @@ class TokenSampler:
         vocabulary: Vocabulary,
         requests: Sequence[DecodingRequest],
         batch: SequenceBatch,
-        guided: Sequence[int],
+        rows: BatchRows,
     ) -> None:
         """Prepare to sample the blanks of ``batch``.
 
@@ -44,8 +45,8 @@ class TokenSampler:
             transformer: Model that computes the logits.
             vocabulary: Vocabulary of the ids.
             requests: The requests, J of them.
-            batch: Their sequences in the first J rows, then the unconditional sequences of the guided requests.
-            guided: Indices of the guided requests.
+            batch: Sequences of ``rows``.
+            rows: Rows of the requests.
         """
         device, num_requests = transformer.embedding.weight.device, len(requests)
         self.transformer, self.vocabulary, self.requests, self.batch = transformer, vocabulary, requests, batch
@@ -54,9 +55,8 @@ class TokenSampler:
         positions_JT = torch.from_numpy(_noise_positions(requests, batch)).to(device)
         self.keys_JT = noise_keys(seeds_J1, images_J1, positions_JT)
         self.log_probability_J = torch.zeros(num_requests, dtype=float64_of(device), device=device)
-        self._unconditional_J = np.full(num_requests, -1)
-        self._unconditional_J[guided] = np.arange(num_requests, num_requests + len(guided))
-        self.request_of_row = np.concatenate([np.arange(num_requests), np.array(guided, dtype=np.int64)])
+        self._rows = rows
+        self.request_of_row = np.array(rows.request_of_row)
         self._groups: dict[bytes, list[SamplingGroup]] = {}
 
     def groups_at(self, column: int, open_J: NDArray[np.bool_]) -> list[SamplingGroup]:
@@ -77,27 +77,34 @@ class TokenSampler:
         return self._grouped(np.ones(len(self.requests), dtype=bool), np.full(len(self.requests), TokenKind.IMAGE))
 
     def _grouped(self, open_J: NDArray[np.bool_], kinds_J: NDArray[np.integer]) -> list[SamplingGroup]:
-        """Group the requests of ``open_J`` by kind, stop token and settings."""
-        groups: dict[tuple[TokenKind, int | None, Sampling], list[int]] = {}
+        """Group the requests of ``open_J`` by kind, stop token, settings and scales."""
+        groups: dict[tuple[TokenKind, int | None, Sampling, tuple[float, ...]], list[int]] = {}
         for index in np.flatnonzero(open_J).tolist():
             kind = TokenKind(kinds_J[index])
             stop = self.requests[index].sequence.stop if kind == TokenKind.TEXT else None
-            groups.setdefault((kind, stop, self.requests[index].sampling), []).append(index)
+            key = (kind, stop, self.requests[index].sampling, self._rows.scales[index])
+            groups.setdefault(key, []).append(index)
         return [self._group(np.array(members), *key) for key, members in groups.items()]
 
     def _group(
-        self, members: NDArray[np.int64], kind: TokenKind, stop: int | None, sampling: Sampling
+        self,
+        members: NDArray[np.int64],
+        kind: TokenKind,
+        stop: int | None,
+        sampling: Sampling,
+        scales: tuple[float, ...],
     ) -> SamplingGroup:
         """Return the group of the requests ``members``."""
         candidates = candidate_ids(self.vocabulary, kind, stop)
         device = self.keys_JT.device
-        unconditional = self._unconditional_J[members] if sampling.guidance != 1 else None
+        chains_RK = np.array([self._rows.chains[index] for index in members.tolist()])
         return SamplingGroup(
             transformer=self.transformer,
             members=members,
             # All rows in their order need no indexing.
             rows_R=torch.from_numpy(members).to(device) if len(members) < len(self.batch.ids) else None,
-            unconditional_R=None if unconditional is None else torch.from_numpy(unconditional).to(device),
+            chains_KR=torch.from_numpy(chains_RK.T.copy()).to(device) if scales else None,
+            scales=scales,
             candidates=candidates,
             stop=stop,
             mask_V=special_token_mask(stop, candidates, self.vocabulary, device),
@@ -113,7 +120,8 @@ class SamplingGroup:
         transformer: Model that computes the logits.
         members: Indices (R,) of the requests.
         rows_R: The same on the device; None for all rows of the batch.
-        unconditional_R: Unconditional row of each request; None without guidance.
+        chains_KR: Rows of each request before its last; None without guidance.
+        scales: Scales of guidance, K of them.
         candidates: Ids that the blanks may take.
         stop: Id that ends a text; None for images.
         mask_V: Candidates that are excluded; None if there are none.
@@ -123,7 +131,8 @@ class SamplingGroup:
     transformer: Transformer
     members: NDArray[np.int64]
     rows_R: Tensor | None
-    unconditional_R: Tensor | None
+    chains_KR: Tensor | None
+    scales: tuple[float, ...]
     candidates: range
     stop: int | None
     mask_V: Tensor | None
@@ -141,39 +150,48 @@ class SamplingGroup:
             Ids (R,), int64.
         """
         rows_R = self.rows_R
-        unconditional_RD = None if self.unconditional_R is None else hidden_BD[self.unconditional_R]
+        chains_KRD = None if self.chains_KR is None else hidden_BD[self.chains_KR]
         hidden_RD, keys_R = (hidden_BD, keys_J) if rows_R is None else (hidden_BD[rows_R], keys_J[rows_R])
-        ids_R, log_p_R = self.sample_ids(hidden_RD, keys_R, unconditional_RD)
+        ids_R, log_p_R = self.sample_ids(hidden_RD, keys_R, chains_KRD)
         if rows_R is None:
             log_probability_J += log_p_R
         else:
             log_probability_J.index_add_(0, rows_R, log_p_R.to(log_probability_J.dtype))
         return ids_R
 
-    def sample_ids(
-        self, hidden_RD: Tensor, keys_R: Tensor, unconditional_RD: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def sample_ids(self, hidden_RD: Tensor, keys_R: Tensor, chains_KRD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sample one id per hidden state.
 
         Args:
             hidden_RD: Hidden states.
             keys_R: Noise keys, int64.
-            unconditional_RD: Hidden states of the unconditional rows, for guidance.
+            chains_KRD: Hidden states of the rows before the last of each chain, for guidance.
 
         Returns:
             Ids (R,) int64, and their log probabilities (R,) float32 in nats, before guidance and filters.
         """
         logits_RV = guided_RV = logits_of(self.transformer, hidden_RD, self.candidates, self.mask_V)
-        if unconditional_RD is not None:
-            unconditional_RV = logits_of(self.transformer, unconditional_RD, self.candidates, self.mask_V)
-            guided_RV = unconditional_RV + self.sampling.guidance * (logits_RV - unconditional_RV)
-            if self.mask_V is not None:  # -inf minus -inf is not a number
-                guided_RV = guided_RV.masked_fill(self.mask_V, -torch.inf)
+        if chains_KRD is not None:
+            guided_RV = self._guided_logits(chains_KRD, logits_RV)
         chosen_R, log_p_R = sample(guided_RV, keys_R, self.candidates, self.sampling, logits_RV)
         return chosen_R + self.candidates.start, log_p_R
 
+    def _guided_logits(self, chains_KRD: Tensor, logits_RV: Tensor) -> Tensor:
+        """Return the logits of chains that end in ``logits_RV``."""
+        before_RV = guided_RV = logits_of(self.transformer, chains_KRD[0], self.candidates, self.mask_V)
+        for index, scale in enumerate(self.scales, start=1):
+            is_last = index == len(self.scales)
+            after_RV = (
+                logits_RV if is_last else logits_of(self.transformer, chains_KRD[index], self.candidates, self.mask_V)
+            )
+            guided_RV = guided_RV + scale * (after_RV - before_RV)
+            before_RV = after_RV
+        if self.mask_V is not None:  # -inf minus -inf is not a number
+            guided_RV = guided_RV.masked_fill(self.mask_V, -torch.inf)
+        return guided_RV
+
     def write_tokens(self, ids_BT: Tensor, column: int, ids_R: Tensor) -> None:
-        """Write sampled ids into ``column`` of ``ids_BT``, in the unconditional rows too.
+        """Write sampled ids into ``column`` of ``ids_BT``, in all rows of each request.
 
         Args:
             ids_BT: Ids of the batch, (B, T) int64; changed in place.
@@ -184,8 +202,8 @@ class SamplingGroup:
             ids_BT[:, column] = ids_R
         else:
             ids_BT[self.rows_R, column] = ids_R
-        if self.unconditional_R is not None:
-            ids_BT[self.unconditional_R, column] = ids_R
+        if self.chains_KR is not None:
+            ids_BT[self.chains_KR, column] = ids_R
 
 
 def candidate_ids(vocabulary: Vocabulary, kind: TokenKind, stop: int | None) -> range:
@@ -242,6 +260,7 @@ def _noise_positions(requests: Sequence[DecodingRequest], batch: SequenceBatch) 
             positions = np.zeros(len(request.sequence), dtype=np.int64)
             for span in request.sequence.spans.values():
                 positions[span] = np.arange(span.stop - span.start)
-        start = int(batch.starts[index])
-        positions_JT[index, start:] = positions[: positions_JT.shape[1] - start]
+        # Of a row that guidance leaves out, the row of the batch has another text, but ends in the same blanks.
+        known = positions[: len(request.sequence.until_last_blank())][-positions_JT.shape[1] :]
+        positions_JT[index, positions_JT.shape[1] - len(known) :] = known
     return positions_JT

@@ -29,7 +29,16 @@ NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for
 _UNSAFE = re.compile(r'[\s<>:"/\\|?*_]+')  # what Windows forbids, the separators of all systems, and white space
 _WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", re.IGNORECASE)
 # Fields of ``Sampling``.
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "guidance", "text_attention", "noise_version")
+SAMPLING_KEYS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "guidance",
+    "text_attention",
+    "noise_version",
+    "image_guidance",
+)
 # The formats of weights and KV cache, and the revision of a model on the Hub; older files do not name them.
 PRECISION_KEYS = ("dtype", "kv_dtype", "revision")
 # The task of a small image that was upscaled, and its settings in JSON.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.checkpoints.fingerprint import fingerprint
+from cogview.config_io import to_mapping
 from cogview.errors import InputError
 from cogview.formatting import shorten
 from cogview.jobs.journal import JobJournal
@@ -214,7 +215,7 @@ class JobPlan:
             "dtype": model.placement.weight_format,
             "kv_dtype": settings.kv_dtype,
             "device": model.placement.device.type,
-            "sampling": {task: asdict(sampling) for task, sampling in self._sampling.items()},
+            "sampling": {task: to_mapping(sampling) for task, sampling in self._sampling.items()},
             "seed": self.seed,
             "n": settings.n,
             "keep": settings.keep,
@@ -308,9 +309,8 @@ class JobPlan:
         if record.rows is not None and record.rows >= self.grid:
             raise InputError(f"the rows to keep must be from 0 to {self.grid - 1}, got {record.rows}")
         sampling = {**self.settings.sampling, **record.sampling}
-        resolved = ResolvedRecord(
-            record=record, n=record.n or self.settings.n, sampling=self.model.sampling(**sampling, task=task)
-        )
+        resolved_sampling = self.model.sampling(**sampling, task=task)
+        resolved = ResolvedRecord(record=record, n=record.n or self.settings.n, sampling=resolved_sampling)
         if self.settings.upscale and resolved.is_ranked_task:
             return replace(resolved, upscale_sampling=self.model.sampling(**sampling, task="upscale"))
         return resolved

@@ -9,12 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 from cogview.errors import InputError
 from cogview.image_io.reading import FitRule
 from cogview.tokenizers.layouts import Layout, layouts
-from cogview.tokenizers.tasks import TASKS, check_grid
+from cogview.tokenizers.tasks import TASKS, Task, check_grid
 from cogview.tokenizers.vocabulary import MAX_GRID, Vocabulary
 
 FORMAT_VERSION = 1  # of ``config.json``
@@ -211,6 +211,9 @@ class Sampling:
             free, nearly all do.
         guidance: Scale S of classifier-free guidance (arXiv:2207.12598): the logits are u + S (c - u), with c and u
             the logits with and without the text. 1 disables it; other values need a model trained with caption dropout.
+        image_guidance: Scale I of the guidance of an edit by its source (arXiv:2211.09800): the logits are
+            u + I (s - u) + S (c - s), with c the logits with source and text, s with the source alone, and u with
+            neither. 1 disables it; other values need a model trained with source dropout.
         text_attention: Factor W, above 0, of the attention weights of the given text
             (CogView2, arXiv:2204.14217); 1 disables it. It needs no special training.
         noise_version: What the noise of an image depends on besides seed and index: 2, on its prompt; 1, on nothing,
@@ -227,6 +230,7 @@ class Sampling:
     guidance: float = 1.0
     text_attention: float = 1.0
     noise_version: int = 2
+    image_guidance: float = field(default=1.0, metadata={"omit_default": True})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -247,11 +251,26 @@ class Sampling:
             raise ValueError(f"noise_version must be 1 or 2, got {self.noise_version}")
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be a number from 0 on (1: none), got {self.guidance}")
+        if not 0 <= self.image_guidance < math.inf:
+            raise ValueError(f"image_guidance must be a number from 0 on (1: none), got {self.image_guidance}")
         if not 0 < self.text_attention < math.inf:
             raise ValueError(f"text_attention must be a number above 0 (1: none), got {self.text_attention}")
 
 
 GREEDY = Sampling(top_k=1)
+GUIDANCE_SETTINGS = ("image_guidance", "guidance")  # fields of ``Sampling``: scales of the source and of the text
+
+
+def guidance_settings(task: Task) -> tuple[str, ...]:
+    """Return the settings of guidance that apply: none without a prompt, both where training leaves out the source.
+
+    Args:
+        task: The task.
+    """
+    if "prompt" not in task.inputs or task.output != "image":
+        return ()
+    leaves_out_source = task.masked_image is not None and not task.fills
+    return GUIDANCE_SETTINGS if leaves_out_source else GUIDANCE_SETTINGS[1:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,17 +353,22 @@ class ModelConfig:
             )
 
     def sampling_of(self, task: str) -> Sampling:
-        """Return the recommended sampling settings of a task.
+        """Return the recommended sampling settings of a task; guidance that does not apply to it is 1.
 
         Args:
             task: Name of the task.
         """
+        sampling = self.sampling
         if self.upscale_sampling is not None and task in ("upscale", "low_level"):
-            return self.upscale_sampling
+            sampling = self.upscale_sampling
         row = TASKS.get(task)
-        if row is not None and row.output == "image" and "prompt" not in row.inputs:
-            return replace(self.sampling, guidance=1.0, text_attention=1.0)  # there is no text to follow
-        return self.sampling
+        if row is None:
+            return sampling
+        unused = [name for name in GUIDANCE_SETTINGS if name not in guidance_settings(row)]
+        if row.output == "image" and "prompt" not in row.inputs:
+            unused.append("text_attention")  # there is no text to follow
+        changes: dict[str, Any] = {name: 1.0 for name in unused if getattr(sampling, name) != 1}
+        return replace(sampling, **changes) if changes else sampling
 
     @property
     def caption_positions(self) -> int:

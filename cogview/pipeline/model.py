@@ -22,7 +22,7 @@ from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.device import DevicePlacement, choose_placement, compute_after_forks
 from cogview.errors import InputError
 from cogview.files import file_sha256
-from cogview.modeling.config import ModelConfig, Sampling
+from cogview.modeling.config import GUIDANCE_SETTINGS, ModelConfig, Sampling, guidance_settings
 from cogview.modeling.lora import has_adapter
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.bundle import Bundle
@@ -388,14 +388,26 @@ class LoadedModel:
         return sampling
 
     def _check_guidance(self, sampling: Sampling, task: str) -> None:
-        """Raise InputError for guidance without a text, or by weights that never saw an image without its caption."""
-        row = TASKS[task]
-        if sampling.guidance != 1 and row.output == "image" and "prompt" not in row.inputs:
-            raise InputError(
-                f"the task {task!r} has no text that could guide it: guidance must be 1, got {sampling.guidance:g}"
-            )
-        if sampling.guidance != 1 and not self._config(task).caption_dropout:
-            raise InputError(
-                f"{self.name} was trained without caption dropout, so it cannot be guided: guidance must be 1, "
-                f"got {sampling.guidance:g}; try text attention instead"
-            )
+        """Raise InputError for guidance that the task does not have, or that the weights were not trained for."""
+        config = self._config(task)
+        for name in GUIDANCE_SETTINGS:
+            if (scale := getattr(sampling, name)) == 1:
+                continue
+            if name not in guidance_settings(TASKS[task]):
+                if name == "guidance":
+                    raise InputError(
+                        f"the task {task!r} has no text that could guide it: guidance must be 1, got {scale:g}"
+                    )
+                raise InputError(
+                    f"the task {task!r} has no source that could guide it: image_guidance must be 1, got {scale:g}"
+                )
+            if not config.caption_dropout:
+                raise InputError(
+                    f"{self.name} was trained without caption dropout, so it cannot be guided: {name} must be 1, "
+                    f"got {scale:g}; try text attention instead"
+                )
+            if name == "image_guidance" and not config.source_dropout:
+                raise InputError(
+                    f"{self.name} was trained without source dropout, so a source cannot guide it: {name} must be 1, "
+                    f"got {scale:g}"
+                )

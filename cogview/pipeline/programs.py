@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cogview.errors import InputError
 from cogview.generation.requests import DecodingRequest, DecodingResult
 from cogview.generation.sampling import noise_stream
+from cogview.modeling.config import guidance_settings
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.masks import sample_changes
 from cogview.pipeline.requests import GenerationRequest
@@ -55,7 +56,7 @@ class SingleStepProgram:
         self,
         request: GenerationRequest,
         sequence: TokenSequence,
-        unconditional: TokenSequence | None,
+        unconditional: tuple[TokenSequence, ...],
         output_shape: tuple[int, ...],
         prompt_ids: Sequence[int],
     ) -> None:
@@ -64,7 +65,7 @@ class SingleStepProgram:
         Args:
             request: The request, with its sampling settings.
             sequence: Its sequence, with blanks.
-            unconditional: The same without text, for guidance.
+            unconditional: The same with less given, for guidance (``DecodingRequest``).
             output_shape: Shape of what comes out: two sides of an image, or (-1,) for a text.
             prompt_ids: Piece ids of the prompt, on which the noise depends.
         """
@@ -162,7 +163,8 @@ class WindowedUpscaleProgram:
             sequence = self._arrange(window, self._prompt_ids)
             positions = np.zeros(len(sequence), dtype=np.int64)
             positions[sequence.spans[self._task.blank_name]] = self._noise_positions[window.target].reshape(-1)
-            unconditional = self._arrange(window, ()) if is_guided(self.request) else None
+            rows = unconditional_inputs(self.request)
+            unconditional = tuple(self._arrange(window, prompt_ids) for prompt_ids, _ in rows)
             requests.append(_decoding_request(self.request, self._prompt_ids, sequence, unconditional, positions))
         return requests
 
@@ -185,7 +187,7 @@ class ProgramBuilder:
         self._context = context
         self._layouts = context.config.layouts
         self._prompt: tuple[str, Sequence[int]] = ("", ())
-        self._arranged: tuple[object, tuple[TokenSequence, TokenSequence | None]] | None = None
+        self._arranged: tuple[object, tuple[TokenSequence, tuple[TokenSequence, ...]]] | None = None
 
     def build(self, request: GenerationRequest) -> DecodingProgram:
         """Return the program of ``request``.
@@ -203,8 +205,9 @@ class ProgramBuilder:
         where = None if changes is None else changes.tobytes()
         key = (task.name, prompt_ids, id(request.codes), where, is_guided(request))
         if self._arranged is None or self._arranged[0] != key:
-            unconditional = self._arrange(task, (), request.codes, changes) if is_guided(request) else None
-            self._arranged = key, (self._arrange(task, prompt_ids, request.codes, changes), unconditional)
+            rows = [(prompt_ids, request.codes), *unconditional_inputs(request)]
+            sequence, *unconditional = (self._arrange(task, *row, request.codes, changes) for row in rows)
+            self._arranged = key, (sequence, tuple(unconditional))
         side = round(task.output_scale * self._context.config.grid)
         shape = (side, side) if task.output == "image" else (-1,)
         return SingleStepProgram(request, *self._arranged[1], shape, prompt_ids)
@@ -231,12 +234,21 @@ class ProgramBuilder:
         self,
         task: Task,
         prompt_ids: Sequence[int],
+        source: np.ndarray | None,
         codes: np.ndarray | None,
         changes: NDArray[np.bool_] | None,
     ) -> TokenSequence:
-        """Return the sequence of a task with what is given; ``changes`` are the codes to generate, None for all."""
+        """Return the sequence of a task with what is given.
+
+        Args:
+            task: The task.
+            prompt_ids: Piece ids of the text.
+            source: Codes of the given image, all of them masked for none, or None.
+            codes: Codes that the result keeps where they do not change.
+            changes: Codes to generate; None for all.
+        """
         max_text = self._context.config.caption_positions if task.output == "text" else None
-        values = given_values(task, prompt_ids, codes)
+        values = given_values(task, prompt_ids, source)
         if changes is not None and task.masked_image is not None:
             kept: np.ma.MaskedArray = np.ma.array(codes, mask=changes)
             values |= {task.blank_name: kept} | ({task.masked_image.name: kept} if task.fills else {})
@@ -261,15 +273,29 @@ def given_values(
 
 
 def is_guided(request: GenerationRequest) -> bool:
-    """Return whether a request uses classifier-free guidance, which decodes its sequence without text as well."""
-    return request.sampling is not None and request.sampling.guidance != 1
+    """Return whether a request uses classifier-free guidance, which decodes its sequence with less given as well."""
+    return any(getattr(request.sampling, name) != 1 for name in guidance_settings(TASKS[request.task]))
+
+
+def unconditional_inputs(request: GenerationRequest) -> list[tuple[Sequence[int], np.ndarray | None]]:
+    """Return the piece ids and the given codes of the unconditional rows of a request; none without guidance.
+
+    Args:
+        request: The request, with its sampling settings.
+    """
+    if not is_guided(request):
+        return []
+    without_text: tuple[Sequence[int], np.ndarray | None] = ((), request.codes)
+    if "image_guidance" not in guidance_settings(TASKS[request.task]) or request.codes is None:
+        return [without_text]
+    return [((), np.ma.array(request.codes, mask=True)), without_text]
 
 
 def _decoding_request(
     request: GenerationRequest,
     prompt_ids: Sequence[int],
     sequence: TokenSequence,
-    unconditional: TokenSequence | None,
+    unconditional: tuple[TokenSequence, ...],
     noise_positions: np.ndarray | None = None,
 ) -> DecodingRequest:
     """Return one decoding step of ``request``."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from cogview import __version__
+from cogview.config_io import to_mapping
 from cogview.formatting import shorten
 from cogview.modeling.config import Sampling
 from cogview.pipeline.requests import MAX_SHOWN, GenerationRequest
@@ -216,7 +217,7 @@ class GeneratedImage(Image.Image):
             "seed": str(self.seed),
             "index": str(self.index),
             "model": model,
-            **{name: str(value) for name, value in asdict(self.sampling).items()},
+            **{name: str(value) for name, value in to_mapping(self.sampling).items()},
             "codes": " ".join(map(str, self.codes.flat)),  # in raster order
             "log_probability": str(self.log_probability),
             "cogview": __version__,
@@ -251,7 +252,7 @@ def source_metadata(image: object, task: str = "generate") -> dict[str, str]:
     """
     if not isinstance(image, GeneratedImage):
         return {}
-    return {"source_task": task, "source_sampling": json.dumps(asdict(image.sampling))}
+    return {"source_task": task, "source_sampling": json.dumps(to_mapping(image.sampling))}
 
 
 def only_images(results: Iterable[GeneratedImage | Caption]) -> Iterator[GeneratedImage]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cogview.generation.decoding_state import group_by_prefix, worth_sharing_prefix
+from cogview.generation.guidance import arrange_rows
 from cogview.generation.requests import DecodingRequest
 from cogview.generation.scoring import ScoringRequest
 from cogview.generation.token_sampler import candidate_ids
@@ -68,20 +69,19 @@ def decode_bytes(
         max_window: Maximum of the codes that speculative decoding drafts per forward pass; None without it. Texts are
             decoded without it.
     """
-    guided = [request for request in requests if request.sampling.guidance != 1 and request.unconditional is not None]
-    sequences = [request.sequence for request in requests]
-    sequences += [request.unconditional for request in guided if request.unconditional is not None]
-    attentions = [request.sampling.text_attention for request in requests] + [1.0] * len(guided)
+    rows = arrange_rows(requests)
     if any(request.sequence.blanks[request.sequence.kinds == TokenKind.TEXT].any() for request in requests):
         max_window = None
-    peaks = _decoding_peaks(config, vocabulary, sequences, attentions, dtype, device_type, int8_cache, max_window)
+    peaks = _decoding_peaks(
+        *(config, vocabulary, rows.sequences, rows.text_attention, dtype, device_type, int8_cache, max_window)
+    )
     groups = Counter(
-        (request.sampling, len(candidate_ids(vocabulary, _last_blank_kind(request), request.sequence.stop)))
-        for request in requests
+        (request.sampling, scales, len(candidate_ids(vocabulary, _last_blank_kind(request), request.sequence.stop)))
+        for request, scales in zip(requests, rows.scales, strict=True)
     )
     sampling_peak = max(
-        (max_window or 1) * count * sampling_bytes(sampling, num_ids, dtype, device_type, guided=sampling.guidance != 1)
-        for (sampling, num_ids), count in groups.items()
+        (max_window or 1) * count * sampling_bytes(sampling, num_ids, dtype, device_type, guidance_rows=len(scales))
+        for (sampling, scales, num_ids), count in groups.items()
     )
     return peaks.constant + max(peaks.forward, peaks.hidden + sampling_peak)
 

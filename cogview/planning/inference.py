@@ -87,7 +87,7 @@ class InferenceEstimate:
     keep_halves: bool  # matrices of a float32 model remain in 16 bits
     device_type: str  # cpu, cuda or mps
     rows: int  # sequences at once
-    guided: bool  # classifier-free guidance: each sequence has an unconditional copy
+    guidance_rows: int  # sequences that classifier-free guidance computes beside each one
     forward_passes: tuple[ForwardPass, ...]
     sequence_length: int  # positions up to the last blank
     image_side: int  # codes on a side of the image in the VQ-VAE
@@ -136,7 +136,7 @@ class InferenceEstimate:
         width, new = self.transformer.width, forward_pass.new_positions
         layers = self.transformer.num_layers * (24 * width**2 * new + 4 * width * forward_pass.num_pairs)
         logits = 2 * width * forward_pass.output_ids * forward_pass.output_positions
-        return self.rows * (1 + self.guided) * (layers + logits)
+        return self.rows * (1 + self.guidance_rows) * (layers + logits)
 
     def converts_weights(self, forward_pass: ForwardPass) -> bool:
         """Return whether a forward pass dequantizes or casts weights, by the rules of ``kernels/linear.py``.
@@ -145,7 +145,7 @@ class InferenceEstimate:
         """
         if not may_convert_weights(self.dtype, self.device_type):
             return False
-        product_rows = self.rows * (1 + self.guided) * forward_pass.new_positions
+        product_rows = self.rows * (1 + self.guidance_rows) * forward_pass.new_positions
         if self.dtype in ("bfloat16", "float16"):
             return product_rows >= MANY_ROWS_HALF
         return product_rows >= MANY_ROWS_INT8 or not has_quantized_kernels(torch.device(self.device_type))
@@ -157,7 +157,7 @@ class InferenceEstimate:
         )
         if self.converts_weights(forward_pass):
             weights += self.conversion_traffic * self.transformer.num_layers * 12 * self.transformer.width**2
-        cached = (1 + self.guided) * forward_pass.num_keys * position_bytes(self.transformer, self.dtype)
+        cached = (1 + self.guidance_rows) * forward_pass.num_keys * position_bytes(self.transformer, self.dtype)
         sampling = 0 if is_scoring(TASKS[self.task]) else SAMPLING_TRAFFIC * forward_pass.output_ids
         return weights + self.rows * (cached + sampling)
 
@@ -195,7 +195,7 @@ def estimate_inference(
     dtype: str = "float32",
     keep_halves: bool = False,
     device_type: str = "cpu",
-    guided: bool = False,
+    guidance_rows: int = 0,
 ) -> InferenceEstimate:
     """Estimate a batch of a task with texts of the maximum length.
 
@@ -208,7 +208,7 @@ def estimate_inference(
         dtype: Weight format, a key of ``ACTIVATION_BYTES``.
         keep_halves: Whether the matrices of a float32 model remain in 16 bits (``device.keeps_halves``).
         device_type: cpu, cuda or mps.
-        guided: Whether images are generated with classifier-free guidance.
+        guidance_rows: Sequences that classifier-free guidance computes beside each one.
 
     Returns:
         The estimate.
@@ -217,11 +217,11 @@ def estimate_inference(
         InputError: The task or dtype is unknown, the model was not trained for the task, ``rows`` is below 1, or
             guidance is asked for a task that generates no image.
     """
-    _check(config, task, rows, dtype, guided)
+    _check(config, task, rows, dtype, guidance_rows)
     row, shape = TASKS[task], config.transformer
     generates_image, scores = row.output == "image", is_scoring(row)
     passes, length = _forward_passes(config, row)
-    copies, padded = 1 + guided, not scores
+    copies, padded = 1 + guidance_rows, not scores
     side = round((row.output_scale or row.input_scale) * config.grid)
     sampling = config.sampling if generates_image else Sampling(top_k=0)  # captions may be sampled from all ids
     return InferenceEstimate(
@@ -232,7 +232,7 @@ def estimate_inference(
         keep_halves=keep_halves,
         device_type=device_type,
         rows=rows,
-        guided=guided,
+        guidance_rows=guidance_rows,
         forward_passes=passes,
         sequence_length=length,
         image_side=side,
@@ -248,7 +248,7 @@ def estimate_inference(
         logits=max(
             SCORING_BYTES * one.output_ids * one.output_positions
             if scores
-            else sampling_bytes(sampling, one.output_ids, dtype, device_type, guided)
+            else sampling_bytes(sampling, one.output_ids, dtype, device_type, guidance_rows)
             for one in passes
         ),
         images=image_bytes(image_config, side, decoding=generates_image),
@@ -279,7 +279,7 @@ def image_flops(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
     return int(counter.get_total_flops()) + distances
 
 
-def _check(config: ModelConfig, task: str, rows: int, dtype: str, guided: bool) -> None:
+def _check(config: ModelConfig, task: str, rows: int, dtype: str, guidance_rows: int) -> None:
     """Raise InputError for settings that ``estimate_inference`` refuses."""
     known = planned_tasks()
     if task not in known:
@@ -290,7 +290,7 @@ def _check(config: ModelConfig, task: str, rows: int, dtype: str, guided: bool) 
         raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(ACTIVATION_BYTES)}")
     if rows < 1:
         raise InputError(f"the number of rows must be at least 1, got {rows}")
-    if guided and TASKS[task].output != "image":
+    if guidance_rows and TASKS[task].output != "image":
         raise InputError(f"the task {task!r} generates no images, so guidance does not apply: it must be 1")
 
 

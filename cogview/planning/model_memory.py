@@ -48,12 +48,11 @@ WINDOW_BIAS_BYTES = 8 + 2 * 4 + 1
 # Bytes of a position of a batch: ids, positions and noise keys as int64, and their copies in numpy.
 POSITION_BYTES = 40
 # Bytes of each candidate id of a blank. On a CPU with top-k: its logit, and the scaled logit or its log-probability.
-# Without: these two, and four int64 temporaries of the noise, which exceed those of top-p. Guidance keeps the
-# unconditional logits and the combined ones.
+# Without: these two, and four int64 temporaries of the noise, which exceed those of top-p.
 TOP_K_BYTES = 8
 FILTERED_BYTES = 12  # of a candidate that passes top-k: its logit and its id
 SAMPLING_BYTES = 40
-GUIDANCE_BYTES = 8
+LOGIT_BYTES = 4  # float32
 # Copies of a block of weights during its conversion (kernels/linear.py), accesses of each converted number until it
 # is multiplied, and the bytes that int4 moves before, to separate its two numbers.
 CONVERSION_COPIES = {"int8": 2, "int4": 3, "bfloat16": 1, "float16": 1}
@@ -309,7 +308,7 @@ def forward_bytes(
     return max(bias_temporaries, bias * size + max(widths * width_bytes, attention))
 
 
-def sampling_bytes(sampling: Sampling, num_ids: int, dtype: str, device_type: str, guided: bool) -> int:
+def sampling_bytes(sampling: Sampling, num_ids: int, dtype: str, device_type: str, guidance_rows: int) -> int:
     """Return the peak of the bytes that sampling one of ``num_ids`` candidates takes.
 
     Args:
@@ -317,13 +316,18 @@ def sampling_bytes(sampling: Sampling, num_ids: int, dtype: str, device_type: st
         num_ids: Number of candidates.
         dtype: Weight format.
         device_type: cpu, cuda or mps.
-        guided: Whether guidance computes logits without text as well.
+        guidance_rows: Further rows whose logits guidance computes.
     """
     # In 16 bits many logits are equal, and top-p sorts all of them to break the ties.
     few = 0 < sampling.top_k < num_ids - TIE_MARGIN  # as in `sample`: all candidates are sorted otherwise
     top_k = device_type == "cpu" and few and (sampling.top_p == 1 or dtype == "float32")
     filtered = FILTERED_BYTES * (sampling.top_k + TIE_MARGIN) if top_k else 0
-    return num_ids * ((TOP_K_BYTES if top_k else SAMPLING_BYTES) + GUIDANCE_BYTES * guided) + filtered
+    candidate = TOP_K_BYTES if top_k else SAMPLING_BYTES
+    if guidance_rows:
+        # While rows are combined, the logits of both, their scaled difference, and the sums before and after it are
+        # alive, of which the first sum is the logits of a row. While ids are sampled, the last sum is.
+        candidate = max(candidate + LOGIT_BYTES, LOGIT_BYTES * (4 + (guidance_rows > 1)))
+    return num_ids * candidate + filtered
 
 
 @functools.cache

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cogview.errors import InputError
 from cogview.formatting import format_bytes, format_duration, plural
+from cogview.generation.guidance import necessary_rows
+from cogview.modeling.config import ModelConfig, guidance_settings
 from cogview.planning import ESTIMATE_MARGIN
 from cogview.planning.inference import (
     BANDWIDTH_EFFICIENCY,
@@ -61,6 +63,7 @@ def report_inference(
     task: str,
     rows: int,
     guidance: float | None = None,
+    image_guidance: float | None = None,
 ) -> InferenceReport:
     """Estimate a job on a device, in its weight format and in all smaller ones.
 
@@ -72,6 +75,7 @@ def report_inference(
         task: A task with a layout, such as ``generate``.
         rows: Sequences at once.
         guidance: Scale of classifier-free guidance; None for that of the model.
+        image_guidance: Scale of the guidance by a source; None for that of the model.
 
     Returns:
         The report, as text or JSON.
@@ -79,9 +83,7 @@ def report_inference(
     Raises:
         InputError: ``estimate_inference`` refuses the settings.
     """
-    generates_image = task in TASKS and TASKS[task].output == "image"
-    default = model.config.sampling.guidance if generates_image else 1.0
-    guided = (default if guidance is None else guidance) != 1
+    guidance_rows = _guidance_rows(model.config, task, {"guidance": guidance, "image_guidance": image_guidance})
 
     def estimate(dtype: str) -> InferenceEstimate:
         return estimate_inference(
@@ -92,7 +94,7 @@ def report_inference(
             dtype=dtype,
             keep_halves=model.keeps_halves(target.type, dtype),
             device_type=target.type,
-            guided=guided,
+            guidance_rows=guidance_rows,
         )
 
     chosen, smaller = estimate(target.dtype), []
@@ -100,6 +102,18 @@ def report_inference(
         with suppress(InputError):  # the width may not divide into groups of int4
             smaller.append(estimate(dtype))
     return InferenceReport(model=name, estimate=chosen, smaller=smaller, target=target, speed=speed)
+
+
+def _guidance_rows(config: ModelConfig, task: str, given: Mapping[str, float | None]) -> int:
+    """Return the sequences that guidance computes beside each one; InputError for guidance that the task lacks."""
+    if task not in TASKS:
+        return 0
+    used, sampling = guidance_settings(TASKS[task]), config.sampling_of(task)
+    for name, scale in given.items():
+        if scale not in (None, 1) and name not in used:
+            raise InputError(f"{name} does not apply to the task {task!r}: it must be 1, got {scale:g}")
+    scales = [getattr(sampling, name) if (scale := given[name]) is None else scale for name in used]
+    return len(necessary_rows(scales)[0]) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +177,7 @@ class InferenceReport:
         estimate, shape = self.estimate, self.estimate.transformer
         size = ACTIVATION_BYTES[estimate.dtype]
         count, images = plural(estimate.rows, "sequence"), plural(estimate.rows, "image")
-        copies = count + (" x 2 for guidance" if estimate.guided else "")
+        copies = count + (f" x {1 + estimate.guidance_rows} for guidance" if estimate.guidance_rows else "")
         widest = max(estimate.forward_passes, key=lambda one: one.new_positions)
         per_id = estimate.logits // max(one.output_ids * one.output_positions for one in estimate.forward_passes)
         ids = f"{widest.output_ids:,} ids" + (
@@ -249,7 +263,7 @@ class InferenceReport:
             "rows": estimate.rows,
             "positions": estimate.sequence_length,
             "dtype": estimate.dtype,
-            "guided": estimate.guided,
+            "guided": estimate.guidance_rows > 0,
             "device": {"type": self.target.type, "memory": self.target.memory, "usable": self.usable},
             "memory": {
                 **{part.key: part.num_bytes for part in self.memory_parts()},

@@ -31,6 +31,7 @@ from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
 from cogview.device import DevicePlacement, choose_placement, flush_denormals
 from cogview.generation.decoding_state import DecodingState
+from cogview.generation.guidance import arrange_rows
 from cogview.generation.requests import DecodingRequest
 from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.config import AttentionConfig, Sampling, TransformerConfig
@@ -102,7 +103,7 @@ class Subject:
         rows = pad_left([sequence.until_last_blank()] * batch, VOCABULARY.pad)
         state = DecodingState(transformer, rows, None)
         state.cache.keys_values.normal_(generator=torch.Generator().manual_seed(SEED))
-        return cls(state=state, sampler=TokenSampler(transformer, VOCABULARY, requests, rows, []))
+        return cls(state=state, sampler=TokenSampler(transformer, VOCABULARY, requests, rows, arrange_rows(requests)))
 
     @torch.inference_mode()
     def seconds(self, column: int) -> float:

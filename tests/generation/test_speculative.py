@@ -52,7 +52,7 @@ def test_decode_speculatively_equals_sequential_decoding(transformer, monkeypatc
     ]
     requests.append(
         request_for(
-            generate_sequence(LONG), seed=1, sampling=Sampling(guidance=2.0), unconditional=generate_sequence([])
+            generate_sequence(LONG), seed=1, sampling=Sampling(guidance=2.0), unconditional=(generate_sequence([]),)
         )
     )
     sequential = decode(transformer, VOCABULARY, requests, speculative=1)
@@ -130,7 +130,7 @@ def test_decode_speculatively_is_the_same_when_cuda_graphs_are_forced(transforme
             generate_sequence(LONG),
             seed=5,
             sampling=Sampling(guidance=2.0, top_k=9),
-            unconditional=generate_sequence([]),
+            unconditional=(generate_sequence([]),),
         ),
         request_for(generate_sequence(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]), seed=6),
         request_for(upscale_sequence(SHORT, seed=1), seed=7, sampling=Sampling(text_attention=3.0)),

@@ -48,7 +48,7 @@ def mixed_requests():
         request_for(sequence, seed=5, image=number, sampling=sampling)
         for number, (sequence, sampling) in enumerate(zip(sequences, samplings, strict=True))
     ]
-    guided = {"sampling": Sampling(guidance=2.0), "unconditional": generate_sequence([])}
+    guided = {"sampling": Sampling(guidance=2.0), "unconditional": (generate_sequence([]),)}
     return [*requests, request_for(generate_sequence(LONG), seed=1, **guided)]
 
 

@@ -1,15 +1,20 @@
 """Decoding programs: what is pending, how they advance, and that a prompt is tokenized and arranged once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from cogview.checkpoints.checkpoint import Model
 from cogview.generation.requests import DecodingResult
 from cogview.generation.sampling import noise_stream
 from cogview.modeling.config import GREEDY, Sampling
+from cogview.pipeline.cogview import CogView
 from cogview.pipeline.programs import ProgramBuilder
 from cogview.pipeline.requests import GenerationRequest
 from cogview.tokenizers.layouts import Layout
 from cogview.tokenizers.text import TextTokenizer
+from tests.factories import input_error
 
 PROMPTS = ["狐狸", "一只狐狸在汽车的左边", "蓝色背景上的三只狗"]
 GUIDED = Sampling(guidance=3.0)
@@ -61,7 +66,7 @@ def test_single_step_program_ends_after_one_result(tiny_model):
     program = ProgramBuilder(tiny_model.context).build(request)
     (step,) = program.pending()
     prompt_ids = tiny_model.text_tokenizer.encode(PROMPTS[0])
-    assert (step.seed, step.image, step.unconditional) == (7, noise_stream(2, prompt_ids, version=2), None)
+    assert (step.seed, step.image, step.unconditional) == (7, noise_stream(2, prompt_ids, version=2), ())
     ids = step.sequence.ids.copy()
     ids[step.sequence.spans["image"]] = np.arange(64)
     program.advance([DecodingResult(ids=ids, log_probability=-2.5)])
@@ -86,7 +91,7 @@ def test_upscale_program_advances_by_windows(tiny_model):
             ids = step.sequence.ids.copy()
             ids[span] = np.where(blanks, step.noise_positions[span] - 64, ids[span])
             results.append(DecodingResult(ids=ids, log_probability=-1.0))
-            assert len(step.unconditional) == len(step.sequence) - 2
+            assert [len(row) for row in step.unconditional] == [len(step.sequence) - 2]
         program.advance(results)
     assert counts == [1, 1, 2, 2, 1, 1, 1]
     assert sorted(keys) == list(range(64, 64 + 256))
@@ -99,3 +104,96 @@ def test_upscale_program_refuses_request_without_codes(tiny_model):
     request = GenerationRequest(prompt=PROMPTS[0], seed=7, task="upscale", sampling=GREEDY)
     with pytest.raises(ValueError, match="a request of the task 'upscale' needs the codes of an image"):
         ProgramBuilder(tiny_model.context).build(request)
+
+
+# Guidance of edits
+
+
+def edit_request(mask=None, **sampling):
+    """Return an edit of codes 0 to 63."""
+    codes = np.arange(64).reshape(8, 8)
+    settings = Sampling(**sampling)
+    return GenerationRequest(prompt=PROMPTS[0], seed=7, task="edit", codes=codes, mask=mask, sampling=settings)
+
+
+def given_of(sequence, vocabulary):
+    """Return the number of pieces and the codes of the source that a sequence gives; None for no source."""
+    source = sequence.ids[sequence.spans["source"]]
+    text = sequence.spans["text"]
+    known = None if (source == vocabulary.command("[MASK]")).all() else source.tolist()
+    return text.stop - text.start, known
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"guidance": 3.0}, {"image_guidance": 2.0}, {"guidance": 5.0, "image_guidance": 2}]
+)
+def test_guided_edit_arranges_neither_source_and_both(edit_model, sampling):
+    program = ProgramBuilder(edit_model.context).build(edit_request(**sampling))
+    (step,) = program.pending()
+    pieces = len(edit_model.text_tokenizer.encode(PROMPTS[0]))
+    rows = [given_of(row, edit_model.vocabulary) for row in (*step.unconditional, step.sequence)]
+    assert rows == [(0, None), (0, list(range(64))), (pieces, list(range(64)))]
+
+
+def test_plain_edit_arranges_one_sequence(edit_model):
+    (step,) = ProgramBuilder(edit_model.context).build(edit_request()).pending()
+    assert step.unconditional == ()
+
+
+def test_guided_edit_keeps_codes_outside_the_mask_in_every_row(edit_model):
+    """Without the source too, whose codes are [MASK], the result holds them."""
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[2:4, 3:] = True
+    request = edit_request(mask, image_guidance=2.0, guidance=5.0)
+    (step,) = ProgramBuilder(edit_model.context).build(request).pending()
+    for row in (*step.unconditional, step.sequence):
+        image = row.ids[row.spans["image"]].reshape(8, 8)
+        np.testing.assert_array_equal(image[~mask], request.codes[~mask])
+        np.testing.assert_array_equal(row.blanks[row.spans["image"]].reshape(8, 8), mask)
+    assert [given_of(row, edit_model.vocabulary)[1] for row in step.unconditional] == [None, list(range(64))]
+    (image,) = edit_model.run([request])
+    np.testing.assert_array_equal(image.codes[~mask], request.codes[~mask])
+
+
+def test_guided_edits_are_the_same_in_a_mixed_batch(edit_model):
+    requests = [
+        edit_request(image_guidance=1.5, guidance=4.0),
+        GenerationRequest(prompt=PROMPTS[1], seed=7, sampling=GUIDED),
+        GenerationRequest(task="caption", seed=7, codes=np.arange(64).reshape(8, 8), sampling=GREEDY),
+        edit_request(),
+        edit_request(image_guidance=0.0, guidance=0.0),
+    ]
+    together = list(edit_model.run(requests))
+    alone = [next(edit_model.run([request])) for request in requests]
+    for image, other in zip(together, alone, strict=True):
+        assert getattr(image, "text", None) == getattr(other, "text", None)
+        np.testing.assert_array_equal(getattr(image, "codes", 0), getattr(other, "codes", 0))
+    guided, plain, neither = (together[index].codes.tolist() for index in (0, 3, 4))
+    assert guided != plain != neither != guided
+
+
+def test_guidance_is_left_out_of_the_settings_of_a_task_without_it(edit_model):
+    """A model that recommends guidance captions without it, and generates without guidance by a source."""
+    config = replace(edit_model.config, sampling=Sampling(guidance=2.0, image_guidance=1.5))
+    scales = {task: config.sampling_of(task) for task in ("generate", "edit", "caption", "vary")}
+    found = {task: (sampling.guidance, sampling.image_guidance) for task, sampling in scales.items()}
+    assert found == {"generate": (2, 1), "edit": (2, 1.5), "caption": (1, 1), "vary": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "request_changes", "message"),
+    [
+        ({"source_dropout": 0.0}, {}, "without source dropout, so a source cannot guide it: image_guidance must be 1"),
+        ({"caption_dropout": 0.0}, {}, "without caption dropout, so it cannot be guided: image_guidance must be 1"),
+        (
+            {},
+            {"task": "generate", "codes": None},
+            "the task 'generate' has no source that could guide it: image_guidance must be 1, got 2",
+        ),
+    ],
+)
+def test_image_guidance_is_refused(edit_model, changes, request_changes, message):
+    parts = vars(edit_model.model) | {"config": replace(edit_model.config, **changes)}
+    model = CogView(Model(**parts), edit_model.placement, "editor")
+    request = replace(edit_request(image_guidance=2.0), **request_changes)
+    assert message in input_error(model.run, [request])

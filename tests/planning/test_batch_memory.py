@@ -24,6 +24,7 @@ from tests.planning.factories import PeakMemory, sequence_of, small_config, smal
         ("generate", 16, None, Sampling(top_k=0), 8192, False),  # the peak is in sampling
         pytest.param("generate", 16, None, Sampling(top_k=0, top_p=0.9), 8192, False, marks=pytest.mark.slow),
         pytest.param("generate", 16, None, Sampling(top_k=5, guidance=3), 8192, False, marks=pytest.mark.slow),
+        ("generate", 16, None, Sampling(top_k=0, guidance=3, image_guidance=2), 8192, False),  # three rows each
         ("generate", 16, None, Sampling(top_k=5, text_attention=2), 300, False),
         ("generate", 16, None, Sampling(), 300, True),
         ("generate", 1, None, Sampling(), 300, False),  # one prefix for all, cached once
@@ -40,8 +41,9 @@ def test_decode_bytes_predict_peak(task, different, known, sampling, num_codes, 
     config, rows = small_config(num_codes), 16
     transformer = Transformer(config.transformer).eval().to(getattr(torch, dtype))
     arranged = [sequence_of(config, task, number % different, known=known) for number in range(rows)]
+    chain = 1 + (sampling.image_guidance != 1)
     requests = [
-        DecodingRequest(sequence=row, seed=0, image=index, sampling=sampling, unconditional=row)
+        DecodingRequest(sequence=row, seed=0, image=index, sampling=sampling, unconditional=(row,) * chain)
         for index, row in enumerate(arranged)
     ]
     with PeakMemory(transformer.parameters()) as memory:

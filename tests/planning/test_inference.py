@@ -48,22 +48,24 @@ def test_estimate_upscales_image_in_nine_windows():
 @pytest.mark.usefixtures("plain_cpu")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("task", "guided"),
-    [("generate", False), ("generate", True), ("caption", False), ("low_level", False), ("low_level", True)],
+    ("task", "guidance_rows"),
+    [("generate", 0), ("generate", 1), ("caption", 0), ("low_level", 0), ("low_level", 1)],
 )
 @pytest.mark.parametrize("num_codes", [300, 8192])  # the peak is in the layers, or in the noise
-def test_estimate_predicts_peak_of_decoding(task, guided, dtype, num_codes):
+def test_estimate_predicts_peak_of_decoding(task, guidance_rows, dtype, num_codes):
     config, rows = small_config(num_codes, sampling=Sampling(top_k=0)), 4
     transformer = Transformer(config.transformer).eval().to(getattr(torch, dtype))
-    sampling = Sampling(top_k=0, guidance=3 if guided else 1)
+    sampling = Sampling(top_k=0, guidance=3 if guidance_rows else 1)
     arranged = [sequence_of(config, task, number, text=19 + number % 2) for number in range(2 * rows)]
     pairs = zip(arranged[:rows], arranged[rows:], strict=True)
-    requests = [DecodingRequest(sequence=row, seed=0, sampling=sampling, unconditional=other) for row, other in pairs]
+    requests = [
+        DecodingRequest(sequence=row, seed=0, sampling=sampling, unconditional=(other,)) for row, other in pairs
+    ]
     with PeakMemory(transformer.parameters()) as memory:
         decode(transformer, config.vocabulary, requests)
-    found = small_estimate(config, task=task, rows=rows, dtype=dtype, guided=guided)
+    found = small_estimate(config, task=task, rows=rows, dtype=dtype, guidance_rows=guidance_rows)
     predicted = found.workspace + rows * (found.kv_cache + max(found.activations, found.logits))
-    assert predicted == pytest.approx(memory.peak, rel=0.14 if guided else 0.12)
+    assert predicted == pytest.approx(memory.peak, rel=0.14 if guidance_rows else 0.12)
 
 
 def test_estimate_of_4b_matches_published_numbers():
@@ -167,7 +169,7 @@ def test_costs_of_default_image_tokenizers_are_those_of_the_guide(downsampling, 
         ({"task": "draw"}, "task 'draw' is unknown; known: generate, caption, upscale, low_level, edit, fill, score"),
         ({"dtype": "int7"}, "dtype 'int7' is unknown; known: float32, bfloat16, float16, int8, int4"),
         ({"rows": 0}, "the number of rows must be at least 1, got 0"),
-        ({"task": "caption", "guided": True}, "the task 'caption' generates no images"),
+        ({"task": "caption", "guidance_rows": 1}, "the task 'caption' generates no images"),
     ],
 )
 def test_estimate_rejects_invalid_settings(settings, message):

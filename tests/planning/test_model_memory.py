@@ -69,7 +69,7 @@ def test_position_bytes_equal_those_of_kv_cache(dtype):
     found = small_estimate(rows=3, dtype=dtype)
     cache = KVCache(SHAPE, found.rows, found.sequence_length, torch.device("cpu"), getattr(torch, dtype))
     assert found.rows * found.kv_cache == cache.num_bytes
-    assert small_estimate(rows=3, dtype=dtype, guided=True).kv_cache == 2 * found.kv_cache
+    assert small_estimate(rows=3, dtype=dtype, guidance_rows=1).kv_cache == 2 * found.kv_cache
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
@@ -174,6 +174,6 @@ def test_smaller_formats_save_missing_bytes():
 @pytest.mark.parametrize("top_k", [8192 - TIE_MARGIN, 8192, 10**12])
 def test_sampling_bytes_of_a_top_k_of_all_candidates_are_those_of_all(top_k):
     """An absurd --top-k was planned with terabytes; sampling sorts the candidates that there are."""
-    measure = partial(sampling_bytes, num_ids=8192, dtype="float32", device_type="cpu", guided=False)
+    measure = partial(sampling_bytes, num_ids=8192, dtype="float32", device_type="cpu", guidance_rows=0)
     assert measure(Sampling(top_k=top_k)) == measure(Sampling(top_k=0))
     assert measure(Sampling(top_k=200)) < measure(Sampling(top_k=0))
