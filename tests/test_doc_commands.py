@@ -96,6 +96,7 @@ ROWS: dict[str, Run | NotRun] = {
     'cogview generate "蓝色背景上的三只狐狸"': Run(),
     "cogview generate": Run(),
     'cogview generate "一个红苹果" --guidance 2': Run(),
+    'cogview generate "一个红苹果" --guidance 2 --negative "一只狗"': Run(),
     'cogview generate "一个红苹果" --text-attention 1.5': Run(),
     'cogview generate "一个红苹果" -n 16 --keep 4': Run(more="--max-inference-batch-size 16"),
     "cogview caption pictures/": Run(),

@@ -37,6 +37,7 @@ class GenerateOptions:
     upscale: bool
     grid: bool
     output: Path
+    negative: str | None = None  # what guidance leads away from
 
     @property
     def num_written(self) -> int:
@@ -75,8 +76,13 @@ class GenerateOptions:
 @option_group(
     GenerateOptions,
     "options",
-    ("n", "keep", "rank_by", "upscale", "grid", "output"),
+    ("n", "keep", "rank_by", "upscale", "grid", "output", "negative"),
     count_option("images per prompt"),
+    click.option(
+        "--negative",
+        metavar="TEXT",
+        help="text that guidance leads away from, for all prompts; it needs --guidance, such as 2",
+    ),
     click.option(
         "--keep",
         type=click.IntRange(min=1),
@@ -117,6 +123,8 @@ def command(
         raise InputError(f"--keep must be from 1 to {options.n}, the images per prompt (-n), got {options.keep}")
     if options.rank_by is not None and options.keep is None and source is None:
         raise InputError(f"--rank-by {options.rank_by} chooses among images: add --keep COUNT")
+    if options.negative is not None and source is not None:
+        raise InputError("--negative goes with PROMPT, not with the lines of --input")
     if options.grid:
         require_sheet_fits(max(1, len(prompts)) * options.num_written)
     session = replace(session, preview=preview)
@@ -134,6 +142,8 @@ def command(
         opened = GenerationSession.open(session, ["generate", *options.tasks])
     if options.keep is not None:
         opened.model.require_ranking(options.rule)
+    if options.negative is not None:
+        opened.model.tokenize_negative(options.negative, opened.sampling["generate"])
     opened.print_header()
     if prompts:
         return generate_images(opened, prompts, options)
@@ -158,7 +168,7 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
             request=request, path=options.output / f"{safe_name(prompt)}-seed{request.seed}-{request.index}.png"
         )
         for prompt in good
-        for request in session.requests(prompt, options.n)
+        for request in session.requests(prompt, options.n, options.negative)
     ]
     generated = session.generate([outputs], "generating", len(outputs), session.grid**2)
     if options.keep is not None:

@@ -71,6 +71,8 @@ def repeat_command(texts: Mapping[str, str]) -> str | None:
     if not words:
         return None
     words = [*words, "--seed", str(int(texts["seed"]))]
+    if "negative" in texts:
+        words += ["--negative", texts["negative"]]
     is_complete = "temperature" in texts and texts.get("task") != "job"  # others leave settings to the model
     settings = {**DEFAULTS_OF_OLD_FILES, **texts} if is_complete else texts
     # Where the small image had another setting, both are those of the model: an option would set both.

@@ -150,7 +150,7 @@ class GenerationSession:
         """Return whether ``prompt`` can be used; print on stderr why not, or what to expect of it."""
         return check_prompt(self.model, prompt)
 
-    def requests(self, prompt: str, n: int) -> list[GenerationRequest]:
+    def requests(self, prompt: str, n: int, negative: str | None = None) -> list[GenerationRequest]:
         """Return requests for the next ``n`` images of ``prompt``; repeated calls continue their numbers."""
         from cogview.pipeline.requests import GenerationRequest
 
@@ -158,7 +158,7 @@ class GenerationSession:
         self._num_requested[prompt] += n
         sampling = self.sampling["generate"]
         return [
-            GenerationRequest(prompt=prompt, seed=self.seed, index=index, sampling=sampling)
+            GenerationRequest(prompt=prompt, seed=self.seed, index=index, sampling=sampling, negative=negative or "")
             for index in range(first, first + n)
         ]
 

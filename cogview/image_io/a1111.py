@@ -39,7 +39,8 @@ def a1111_parameters(metadata: Mapping[str, str], size: tuple[int, int]) -> str:
         "Version": f"cogview {metadata.get('cogview', '')}".strip(),
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value)
-    return f"{metadata.get('prompt', '')}\n{line}"
+    negative = f"{_NEGATIVE} {metadata['negative']}\n" if "negative" in metadata else ""
+    return f"{metadata.get('prompt', '')}\n{negative}{line}"
 
 
 def parse_a1111(text: str) -> dict[str, str]:

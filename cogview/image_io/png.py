@@ -91,7 +91,9 @@ def sheet_metadata(parts: Sequence[Mapping[str, str]], **facts: str) -> dict[str
         ``score`` and ``score_per_piece`` with a number for each image, if all have one.
     """
     shared = {
-        key: parts[0][key] for key in ("seed", "model", *SAMPLING_KEYS, *PRECISION_KEYS, "cogview") if key in parts[0]
+        key: parts[0][key]
+        for key in ("seed", "model", "negative", *SAMPLING_KEYS, *PRECISION_KEYS, "cogview")
+        if key in parts[0]
     }
     codes = hashlib.sha256("\n".join(part["codes"] for part in parts).encode()).hexdigest()
     scores = {

@@ -76,6 +76,7 @@ class CogView(EditingModel):
         n: int = 1,
         keep: int | None = None,
         rank_by: str = DEFAULT_RULE,
+        negative: str | None = None,
         seed: SeedsLike = None,
         sampling: Sampling | None = None,
         batch_size: int | None = None,
@@ -90,6 +91,8 @@ class CogView(EditingModel):
             keep: Images of each prompt to return, from 1 to ``n``: those with the best scores, the best first
                 (``rerank``). None: all, in order.
             rank_by: The score of ``keep``, as ``by`` of ``score``.
+            negative: A text that guidance leads away from, for all prompts; it needs ``guidance`` other than 1. None:
+                guidance leads away from images of any text.
             seed: From 0 to 2**63 - 1, or a list with one for each prompt; None: a random one, which the images carry.
             sampling: Sampling settings; None: those of the model.
             batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
@@ -115,7 +118,7 @@ class CogView(EditingModel):
             require_int(keep, "keep", 1, n)
             self.require_ranking(rank_by)
         settings: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "callback": callback, **overrides}
-        images = list(self.generate_iter(prompts, n=n, seed=seed, **settings))
+        images = list(self.generate_iter(prompts, n=n, negative=negative, seed=seed, **settings))
         for note in repetition_notes((image.prompt, image.codes.tobytes()) for image in images):
             log.warning("%s", note)
         if keep is None:
@@ -128,6 +131,7 @@ class CogView(EditingModel):
         prompts: TextsLike,
         *,
         n: int = 1,
+        negative: str | None = None,
         seed: SeedsLike = None,
         sampling: Sampling | None = None,
         batch_size: int | None = None,
@@ -141,6 +145,7 @@ class CogView(EditingModel):
         Args:
             prompts: One text or a list of texts.
             n: Images of each prompt, from 1 to 100,000.
+            negative: A text that guidance leads away from, as for ``generate``.
             seed: From 0 to 2**63 - 1, or a list with one for each prompt; None: a random one, which the images carry.
             sampling: Sampling settings; None: those of the model.
             batch_size: Maximum number of images at a time; 1 yields every image by itself, None as many as pay.
@@ -164,7 +169,8 @@ class CogView(EditingModel):
         self.prompt_checks.log_warnings(checked)
         settings = self._resolve_sampling(sampling, overrides, "generate")
         seeds = resolve_seeds(seed, len(checked), "prompts")
-        requests = text_to_image_requests(checked, n=n, seeds=seeds, sampling=settings)
+        away = None if negative is None else self.tokenize_negative(negative, settings)
+        requests = text_to_image_requests(checked, n=n, seeds=seeds, sampling=settings, negative=away)
         return only_images(self.run(requests, batch_size=batch_size, callback=callback))
 
     def complete(

@@ -203,7 +203,7 @@ class ProgramBuilder:
         if changes is not None and not changes.any():
             return FinishedProgram(request)
         where = None if changes is None else changes.tobytes()
-        key = (task.name, prompt_ids, id(request.codes), where, is_guided(request))
+        key = (task.name, prompt_ids, id(request.codes), where, is_guided(request), request.negative_ids)
         if self._arranged is None or self._arranged[0] != key:
             rows = [(prompt_ids, request.codes), *unconditional_inputs(request)]
             sequence, *unconditional = (self._arrange(task, *row, request.codes, changes) for row in rows)
@@ -285,7 +285,8 @@ def unconditional_inputs(request: GenerationRequest) -> list[tuple[Sequence[int]
     """
     if not is_guided(request):
         return []
-    without_text: tuple[Sequence[int], np.ndarray | None] = ((), request.codes)
+    assert request.negative_ids is not None or not request.negative
+    without_text: tuple[Sequence[int], np.ndarray | None] = (request.negative_ids or (), request.codes)
     if "image_guidance" not in guidance_settings(TASKS[request.task]) or request.codes is None:
         return [without_text]
     return [((), np.ma.array(request.codes, mask=True)), without_text]

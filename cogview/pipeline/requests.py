@@ -51,9 +51,11 @@ class GenerationRequest:
             (``masks.sample_changes``).
         sampling: None: the settings of the model for the task.
         prompt_ids: Piece ids of the prompt; None: the prompt is tokenized when the request runs.
+        negative: To ``generate``: a text that guidance leads away from; empty: guidance leads away from no text.
+        negative_ids: Its piece ids, likewise.
 
     Raises:
-        InputError: If the prompt is no text, the seed, index or strength is out of range, or ``sampling`` is no
+        InputError: If a prompt is no text, the seed, index or strength is out of range, or ``sampling`` is no
             ``Sampling``.
     """
 
@@ -66,10 +68,14 @@ class GenerationRequest:
     strength: float = 1.0
     sampling: Sampling | None = None
     prompt_ids: tuple[int, ...] | None = field(default=None, repr=False)
+    negative: str = ""
+    negative_ids: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
             raise InputError(f"the prompt must be a text, got {describe(self.prompt)}")
+        if not isinstance(self.negative, str):
+            raise InputError(f"the negative prompt must be a text, got {describe(self.negative)}")
         require_int(self.seed, "the seed", 0, MAX_SEED)
         require_int(self.index, "the index of the image", 0, MAX_SEED)
         require_share(self.strength, "strength")
@@ -126,7 +132,12 @@ def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int, convert:
 
 
 def text_to_image_requests(
-    prompts: Sequence[Prompt], *, n: int, seeds: Sequence[int], sampling: Sampling | None
+    prompts: Sequence[Prompt],
+    *,
+    n: int,
+    seeds: Sequence[int],
+    sampling: Sampling | None,
+    negative: Prompt | None = None,
 ) -> list[GenerationRequest]:
     """Return requests for ``n`` images of each prompt, prompt by prompt.
 
@@ -135,9 +146,19 @@ def text_to_image_requests(
         n: Images per prompt.
         seeds: Seed of each prompt; the index of an image keys its noise.
         sampling: Sampling settings; None takes those of the model.
+        negative: Checked negative prompt of all; None: none.
     """
+    away, away_ids = ("", None) if negative is None else (negative.text, negative.ids)
     return [
-        GenerationRequest(prompt=prompt.text, prompt_ids=prompt.ids, seed=seed, index=index, sampling=sampling)
+        GenerationRequest(
+            prompt=prompt.text,
+            prompt_ids=prompt.ids,
+            seed=seed,
+            index=index,
+            sampling=sampling,
+            negative=away,
+            negative_ids=away_ids,
+        )
         for prompt, seed in zip(prompts, seeds, strict=True)
         for index in range(n)
     ]

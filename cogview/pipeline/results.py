@@ -137,6 +137,7 @@ class GeneratedImage(Image.Image):
         task: Task of its request, such as ``edit``.
         mask: Of an edited, filled or varied image: the codes that might change, (G, G) bool; None: all.
         strength: Share of these that changed.
+        negative: The text that guidance led away from; empty for none.
         model_prompt: The prompt as the model was given it, such as 三只狐狸 for 三只🦊.
         codebook_sha256: Hash of the codebook that gives the codes their meaning.
         score: Score by which it was ranked, once it was computed.
@@ -152,6 +153,7 @@ class GeneratedImage(Image.Image):
     task: str = "generate"
     mask: np.ndarray | None = None
     strength: float = 1.0
+    negative: str = ""
     codebook_sha256: str = ""
     score: Score | None = None
     _checksum: int = 0
@@ -176,6 +178,7 @@ class GeneratedImage(Image.Image):
         image.model_prompt = request.prompt
         image.codes, image.log_probability, image.sampling = codes, log_probability, request.sampling
         image.task, image.mask, image.strength = request.task, request.mask, request.strength
+        image.negative = request.negative
         image._checksum = zlib.crc32(pixels.tobytes())
         return image
 
@@ -224,6 +227,8 @@ class GeneratedImage(Image.Image):
         }
         if TASKS[self.task].masked_image is not None:
             texts |= self._edit_metadata()
+        if self.negative:
+            texts["negative"] = self.negative
         if self.model_prompt != self.prompt:
             texts["model_prompt"] = self.model_prompt
         if self.score is not None:
@@ -252,7 +257,8 @@ def source_metadata(image: object, task: str = "generate") -> dict[str, str]:
     """
     if not isinstance(image, GeneratedImage):
         return {}
-    return {"source_task": task, "source_sampling": json.dumps(to_mapping(image.sampling))}
+    negative = {"negative": image.negative} if image.negative else {}
+    return {"source_task": task, "source_sampling": json.dumps(to_mapping(image.sampling)), **negative}
 
 
 def only_images(results: Iterable[GeneratedImage | Caption]) -> Iterator[GeneratedImage]:

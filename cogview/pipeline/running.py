@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from cogview.errors import InputError
+from cogview.modeling.config import Sampling
 from cogview.pipeline import runner
 from cogview.pipeline.image_codes import check_codes
 from cogview.pipeline.inputs import describe, require_callback
-from cogview.pipeline.requests import GenerationRequest, check_changes
+from cogview.pipeline.requests import GenerationRequest, Prompt, check_changes
 from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress, ProgressCallback
 from cogview.pipeline.scoring import ScoringModel
 from cogview.tokenizers.tasks import TASKS
@@ -78,6 +79,47 @@ class RunningModel(ScoringModel):
         resolved, context = self._resolve(requests), self.context
         return runner.RequestQueue(resolved, context).batch_sizes(context.planner(batch_size))
 
+    def check_negative(self, sampling: Sampling, task: str = "generate") -> None:
+        """Check that images can be led away from a negative prompt.
+
+        Args:
+            sampling: Sampling settings.
+            task: Task of the images.
+
+        Raises:
+            InputError: The task takes none, the weights cannot be guided, or the settings do not guide.
+
+        Examples:
+            >>> model.check_negative(model.sampling(guidance=2))
+        """
+        if TASKS[task].weights != "generate":
+            raise InputError(f"a negative prompt means nothing for the task {task!r}; it belongs to: generate")
+        if not self._config(task).caption_dropout:
+            raise InputError(
+                f"{self.name} was trained without caption dropout, so it cannot be guided and takes no negative prompt"
+            )
+        if sampling.guidance == 1:
+            raise InputError("a negative prompt has no effect without guidance: set guidance to another value than 1")
+
+    def tokenize_negative(self, negative: str, sampling: Sampling) -> Prompt:
+        """Return a checked negative prompt of the task ``generate`` with its piece ids.
+
+        Args:
+            negative: The text.
+            sampling: Sampling settings.
+
+        Raises:
+            InputError: As ``check_negative`` and ``tokenize`` do.
+
+        Examples:
+            >>> model.tokenize_negative("苹果", model.sampling(guidance=2)).text
+            '苹果'
+        """
+        self.check_negative(sampling)
+        (checked,) = self.tokenize([negative])
+        self.prompt_checks.log_warnings([checked])
+        return checked
+
     def _resolve(self, requests: Iterable[GenerationRequest]) -> list[GenerationRequest]:
         """Return checked requests, each with sampling settings, piece ids and int64 codes; InputError for bad ones."""
         if isinstance(requests, GenerationRequest) or not isinstance(requests, Iterable):
@@ -100,6 +142,10 @@ class RunningModel(ScoringModel):
                 if one.prompt not in pieces:
                     pieces[one.prompt] = self.tokenize([one.prompt])[0].ids
                 changes["prompt_ids"] = pieces[one.prompt]
+            if one.negative and one.negative_ids is None:
+                if one.negative not in pieces:
+                    pieces[one.negative] = self.tokenize([one.negative])[0].ids
+                changes["negative_ids"] = pieces[one.negative]
             if one.codes is not None:
                 codes = check_codes(one.codes, self.vocabulary.num_image_codes, f"requests[{number}].codes")
                 if codes is not one.codes:
@@ -109,4 +155,7 @@ class RunningModel(ScoringModel):
         for task, sampling in {(one.task, one.sampling) for one in resolved}:
             assert sampling is not None
             self._check_guidance(sampling, task)
+        for task, sampling in {(one.task, one.sampling) for one in resolved if one.negative}:
+            assert sampling is not None
+            self.check_negative(sampling, task)
         return resolved

@@ -93,6 +93,13 @@ def test_generate_applies_guidance_and_text_attention(generate, tiny_model):
     assert texts["codes"] == " ".join(map(str, image.codes.flat))
 
 
+def test_generate_leads_away_from_a_negative_prompt(generate, tiny_model):
+    _, [file], _ = generate(FOX, "--seed", "7", "--guidance", "3", "--negative", DOG)
+    texts = read_metadata(file)
+    image = tiny_model.generate(FOX, seed=7, guidance=3.0, negative=DOG)[0]
+    assert (texts["negative"], texts["codes"]) == (DOG, " ".join(map(str, image.codes.flat)))
+
+
 def test_generate_keep_writes_the_best_images(generate, tiny_model):
     """No other image is written, and the kept ones equal those of a run without --keep, for any batch size."""
     arguments = (FOX, DOG, "-n", "4", "--seed", "7")
@@ -358,6 +365,11 @@ def test_generate_notes_unknown_objects_and_characters(generate, tiny_checkpoint
         ([FOX, "--top-p", "2"], f"invalid value for '--top-p': 2.0 is not in the range 0<x<=1{SEE}"),
         ([FOX, "--top-k", "-1"], f"invalid value for '--top-k': -1 is not in the range x>=0{SEE}"),
         ([FOX, "--top-k", "一些"], f"invalid value for '--top-k': '一些' is not a valid integer range{SEE}"),
+        (
+            [FOX, "--negative", DOG],
+            "a negative prompt has no effect without guidance: set guidance to another value than 1",
+        ),
+        (["--input", "a.txt", "--negative", DOG], "--negative goes with PROMPT, not with the lines of --input"),
         ([FOX, "--guidance", "-1"], f"invalid value for '--guidance': -1.0 is not in the range x>=0{SEE}"),
         ([FOX, "--text-attention", "0"], f"invalid value for '--text-attention': 0.0 is not in the range x>0{SEE}"),
         ([FOX, "--keep", "0"], f"invalid value for '--keep': 0 is not in the range x>=1{SEE}"),
@@ -461,6 +473,7 @@ def test_generate_help_lists_every_option(capsys):
         "--keep",
         "--upscale",
         "--guidance",
+        "--negative",
         "--text-attention",
     ):
         assert option in out

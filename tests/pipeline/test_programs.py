@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from cogview.checkpoints.checkpoint import Model
+from cogview.cli.picture_info import repeat_command
+from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingResult
 from cogview.generation.sampling import noise_stream
+from cogview.image_io.a1111 import a1111_parameters, parse_a1111
 from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.programs import ProgramBuilder
@@ -197,3 +200,73 @@ def test_image_guidance_is_refused(edit_model, changes, request_changes, message
     model = CogView(Model(**parts), edit_model.placement, "editor")
     request = replace(edit_request(image_guidance=2.0), **request_changes)
     assert message in input_error(model.run, [request])
+
+
+# Negative prompts
+
+
+def test_negative_prompt_stands_in_place_of_the_empty_text(tiny_model):
+    prompt, negative = (tuple(tiny_model.text_tokenizer.encode(text)) for text in PROMPTS[:2])
+    settings = {"seed": 7, "sampling": GUIDED}
+    (given,) = tiny_model.generate(PROMPTS[0], negative=PROMPTS[1], **settings)
+    request = GenerationRequest(
+        prompt=PROMPTS[0], prompt_ids=prompt, negative=PROMPTS[1], negative_ids=negative, **settings
+    )
+    (step,) = ProgramBuilder(tiny_model.context).build(request).pending()
+    (away,) = step.unconditional
+    assert (away.ids[away.spans["text"]] - tiny_model.vocabulary.text.start).tolist() == list(negative)
+    (result,) = decode(tiny_model.transformer, tiny_model.vocabulary, [step])
+    assert result.ids[step.sequence.spans["image"]].tolist() == given.codes.ravel().tolist()
+    (plain,) = tiny_model.generate(PROMPTS[0], **settings)
+    assert given.codes.tolist() != plain.codes.tolist()
+
+
+def test_negative_prompt_equal_to_the_prompt_leaves_no_guidance(tiny_model):
+    """c + S (c - c) is c, with the same noise."""
+    (given,) = tiny_model.generate(PROMPTS[0], negative=PROMPTS[0], seed=7, sampling=GUIDED)
+    (plain,) = tiny_model.generate(PROMPTS[0], seed=7, sampling=replace(GUIDED, guidance=1.0))
+    np.testing.assert_array_equal(given.codes, plain.codes)
+    assert (given.negative, plain.negative) == (PROMPTS[0], "")
+
+
+def test_negative_prompts_are_the_same_alone_and_in_a_batch(tiny_model):
+    """Consecutive requests that differ in the negative prompt alone are arranged anew."""
+    requests = [
+        GenerationRequest(prompt=PROMPTS[0], seed=7, sampling=GUIDED, negative=negative)
+        for negative in ("", PROMPTS[1], PROMPTS[2], "")
+    ]
+    together = [image.codes.tolist() for image in tiny_model.run(requests)]
+    assert together == [next(tiny_model.run([request])).codes.tolist() for request in requests]
+    assert together[0] == together[3]
+    assert len({str(codes) for codes in together}) == 3
+
+
+def test_negative_prompt_is_in_the_metadata_of_its_image(tiny_model):
+    (image,) = tiny_model.generate(PROMPTS[0], negative=PROMPTS[1], seed=7, sampling=GUIDED)
+    texts = image.metadata("tiny")
+    assert texts["negative"] == PROMPTS[1]
+    assert parse_a1111(a1111_parameters(texts, (64, 64)))["negative prompt"] == PROMPTS[1]
+    assert f"--negative '{PROMPTS[1]}'" in repeat_command(texts)
+    assert "negative" not in tiny_model.generate(PROMPTS[0], seed=7, sampling=GUIDED)[0].metadata("tiny")
+
+
+@pytest.mark.parametrize(
+    ("negative", "settings", "message"),
+    [
+        ("狗", {}, "a negative prompt has no effect without guidance: set guidance to another value than 1"),
+        (" ", {"guidance": 2.0}, "the prompt is empty"),
+        (7, {"guidance": 2.0}, "the prompt must be a text, got 7"),
+        ("狗" * 30, {"guidance": 2.0}, "30 pieces long, 20 fit"),
+    ],
+)
+def test_negative_prompt_is_refused(tiny_model, negative, settings, message):
+    assert message in input_error(tiny_model.generate, PROMPTS[0], negative=negative, **settings)
+
+
+def test_negative_prompt_needs_caption_dropout_and_the_task_generate(edit_model):
+    message = input_error(edit_model.run, [replace(edit_request(guidance=2.0), negative="狗")])
+    assert message == "a negative prompt means nothing for the task 'edit'; it belongs to: generate"
+    parts = vars(edit_model.model) | {"config": replace(edit_model.config, caption_dropout=0.0)}
+    model = CogView(Model(**parts), edit_model.placement, "plain")
+    message = "plain was trained without caption dropout, so it cannot be guided and takes no negative prompt"
+    assert input_error(model.generate, PROMPTS[0], negative="狗") == message
