@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.data.builders.encode import EncodeSettings, encode_dataset
-from cogview.data.image_dataset import ImageDataset, ImageExample, NamedRegion, captions
+from cogview.data.image_dataset import ImageDataset, ImageExample, NamedRegion, texts
 from cogview.data.store import TokenStore
 from cogview.evaluation.harness import Grader, generate_images, grade_images
 from cogview.modeling import config
@@ -102,7 +102,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training: ImageDataset = DrawnShapes()
     held_out: ImageDataset = DrawnShapes(held_out=True)
     text_recipe = TextTokenizerRecipe(size=400, whole_names=True)
-    text_tokenizer = train_text_model(folder / "text.model", text_recipe, captions(training), training.names)
+    text_tokenizer = train_text_model(folder / "text.model", text_recipe, texts(training), training.names)
 
     recipe = VQVAERecipe(
         training=VQVAETrainingSettings(

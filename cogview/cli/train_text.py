@@ -34,14 +34,15 @@ def command(recipe: Recipe) -> int:
 
 
 def _train_on_scenes(recipe: Recipe, settings: TextTokenizerRecipe) -> TextTokenizer:
-    """Train on captions of the emoji world."""
-    from cogview.data.image_dataset import captions
-    from cogview.emoji.datasets import TEXT_SEED, SceneDataset
+    """Train on captions of the emoji world; those of a rich one are beside instructions of edits."""
+    from cogview.data.image_dataset import texts
+    from cogview.emoji.datasets import TEXT_SEED, EditDataset, SceneDataset
     from cogview.emoji.world import EmojiWorld
     from cogview.training.text_tokenizer import train_text_model
 
-    scenes = SceneDataset(EmojiWorld.load(recipe.world), TEXT_SEED)
-    return train_text_model(recipe.text_model, settings, captions(scenes), scenes.names)
+    world = EmojiWorld.load(recipe.world)
+    scenes = (EditDataset if world.settings.is_rich else SceneDataset)(world, TEXT_SEED)
+    return train_text_model(recipe.text_model, settings, texts(scenes), scenes.names)
 
 
 def _train_on_sources(recipe: Recipe, settings: TextTokenizerRecipe) -> TextTokenizer:

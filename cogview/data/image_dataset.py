@@ -235,7 +235,10 @@ def caption_of(dataset: ImageDataset, row: int) -> tuple[ImageExample, str]:
     return example, example.captions[row // size % len(example.captions)]
 
 
-def captions(dataset: ImageDataset) -> Iterator[str]:
-    """Yield every caption of every example, in the order of the dataset."""
+def texts(dataset: ImageDataset) -> Iterator[str]:
+    """Yield every caption and instruction of every example, in the order of the dataset."""
     for index in range(len(dataset)):
-        yield from dataset[index].captions
+        example = dataset[index]
+        yield from example.captions
+        if example.instruction:
+            yield example.instruction

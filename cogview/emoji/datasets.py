@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from cogview.config_io import to_mapping
 from cogview.data.builders.encode import EncodeSettings
@@ -16,8 +14,7 @@ from cogview.data.image_dataset import ImageExample, NamedRegion
 from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.edits import EditSampler
 from cogview.emoji.instructions import write_instruction
-from cogview.emoji.scene import Cell, Scene, SceneWeights, cells_of
-from cogview.emoji.things import EmojiObject
+from cogview.emoji.scene import TILES, Cell, Scene, SceneWeights, cells_of
 from cogview.emoji.world import EmojiWorld
 from cogview.vqvae.ranges import COUNT, SEED, check_ranges
 
@@ -52,8 +49,10 @@ class SceneDataset:
 
     @property
     def names(self) -> Sequence[str]:
-        """Every name of every object."""
-        return [name for thing in self.world.things for name in thing.names]
+        """Every name of every object, and the characters of signs."""
+        names = [name for thing in self.world.things for name in thing.names]
+        characters = self.world.characters
+        return names if characters is None else list(dict.fromkeys([*names, *characters.characters]))
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -78,25 +77,12 @@ class SceneDataset:
             identity=f"{self.seed}/{index}/{self.held_out}",
             captions=(self.world.caption(scene, index),),
             render=partial(self.world.render, scene, index),
-            regions=tuple(_region(thing, cell) for thing, cell in zip(scene.shown, cells_of(scene), strict=True)),
+            regions=named_regions(scene),
         )
 
     def scene(self, index: int) -> Scene:
         """Return scene ``index``."""
         return self.world.sample_scene(self.seed, index, self.held_out, self.weights)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EditExample(ImageExample):
-    """An example of an edit: ``captions`` and ``render`` are those of the result.
-
-    Args:
-        instruction: Text of the edit that leads to the result.
-        render_source: Return the image before the edit, as ``render`` does.
-    """
-
-    instruction: str
-    render_source: Callable[[float], np.ndarray]
 
 
 class EditDataset(SceneDataset):
@@ -120,7 +106,7 @@ class EditDataset(SceneDataset):
         """Settings of the world and of the edits."""
         return {**super().provenance, "edits": list(self.sampler.kinds)}
 
-    def __getitem__(self, index: int) -> EditExample:
+    def __getitem__(self, index: int) -> ImageExample:
         """Return edit ``index`` as an example with its instruction."""
         edit = self.sampler.sample(self.seed, index, self.held_out)
         random = KeyedRandom("instruction", self.seed, index, self.held_out)
@@ -128,11 +114,11 @@ class EditDataset(SceneDataset):
         in_traditional = self.world.traditional and random.chance(rates.traditional)
         instruction = write_instruction(edit, random, self.world.traditional if in_traditional else None)
         scene = edit.result
-        return EditExample(
+        return ImageExample(
             identity=f"edit/{self.seed}/{index}/{self.held_out}",
             captions=(self.world.caption(scene, index),),
             render=partial(self.world.render, scene, index),
-            regions=tuple(_region(thing, cell) for thing, cell in zip(scene.shown, cells_of(scene), strict=True)),
+            regions=named_regions(scene),
             instruction=instruction,
             render_source=partial(self.world.render, edit.source, index),
         )
@@ -147,7 +133,7 @@ class SceneEncodeSettings(EncodeSettings):
         held_out_rows: Number of held-out scenes.
         weights: Frequencies of the kinds of training scenes; those of the world if None, as of the held-out scenes.
         seed: Seed of the scenes.
-        edits: Encode edits in place of scenes, with their sources and instructions.
+        source: Encode edits in place of scenes, with their sources and instructions.
 
     Raises:
         ValueError: A number is out of range.
@@ -157,7 +143,6 @@ class SceneEncodeSettings(EncodeSettings):
     held_out_rows: int = 2048
     weights: SceneWeights | None = None
     seed: int = 0
-    edits: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,11 +155,25 @@ class SceneEncodeSettings(EncodeSettings):
             world: The emoji world.
             held_out: Whether to take the held-out scenes.
         """
-        kind = EditDataset if self.edits else SceneDataset
+        kind = EditDataset if self.source else SceneDataset
         return kind(world, self.seed, held_out=held_out, weights=None if held_out else self.weights)
 
 
-def _region(thing: EmojiObject, cell: Cell) -> NamedRegion:
-    """The area of a cell, which is in eighths of the canvas, with the names of its object."""
+def named_regions(scene: Scene) -> tuple[NamedRegion, ...]:
+    """Return where the objects and the characters of a scene are, with their names.
+
+    Args:
+        scene: The scene.
+    """
+    objects = tuple(_region(thing.names, cell) for thing, cell in zip(scene.shown, cells_of(scene), strict=True))
+    if scene.sign is None:
+        return objects
+    text = scene.sign.text
+    cells = TILES[scene.kind, len(text)]
+    return (*objects, *(_region((character,), cell) for character, cell in zip(text, cells, strict=True)))
+
+
+def _region(names: tuple[str, ...], cell: Cell) -> NamedRegion:
+    """The area of a cell, which is in eighths of the canvas."""
     left, top, right, bottom = (edge / 8 for edge in cell.area)
-    return NamedRegion(names=thing.names, box=(left, top, right, bottom))
+    return NamedRegion(names=names, box=(left, top, right, bottom))

@@ -152,22 +152,27 @@ class EditSampler:
 
     Args:
         world: The world of the scenes.
-        weights: Frequencies of the kinds of scenes, of which those above 0 are edited; those of the world if None.
+        weights: Frequencies of the kinds of scenes that are edited; those of the world if None.
     """
 
     def __init__(self, world: EmojiWorld, weights: SceneWeights | None = None) -> None:
         self.world = world
         self.weights = weights or world.settings.weights
-        known = self.weights.by_name
         self._sources = {
-            kind: tuple(source for source in sources if known[_WEIGHT_OF.get(source, source)])
+            kind: tuple(source for source in sources for _ in range(self._frequency(source)))
             for kind, sources in _SOURCES.items()
         }
-        if self._sources["replace"]:
-            self._sources["add"] = tuple(dict.fromkeys((*self._sources["add"], *PLACES)))
+        if self._sources["replace"]:  # what is left of a pair, to which something can be added again
+            self._sources["add"] += tuple(place for place in PLACES if place not in self._sources["add"])
         self.kinds = tuple(kind for kind in EDIT_KINDS if self._sources[kind] and self._is_possible(kind))
         if not self.kinds:
             raise InputError("no scene of this world can be edited")
+
+    def _frequency(self, kind: SceneKind) -> int:
+        """Relative frequency of the sources of a kind; kinds that share a weight divide it."""
+        name = _WEIGHT_OF.get(kind, kind)
+        kinds = len(PLACES) if name == "place" else 2 if name == "pair" else 1
+        return len(PLACES) // kinds * self.weights.by_name[name]
 
     def _is_possible(self, kind: EditKind) -> bool:
         settings: WorldSettings = self.world.settings

@@ -199,11 +199,15 @@ class ArchitectureSettings:
     Attributes:
         preset: Name of a preset, such as ``5m``.
         num_layers: Number of layers; None for that of the preset. Few layers try out the recipe of a large model.
+        width: Width; None for that of the preset. With ``init_from`` it may be a multiple of that model's width.
+        num_heads: Number of attention heads; None for that of the preset.
         max_positions: See ``TransformerConfig``, as for the following.
     """
 
     preset: str = "5m"
     num_layers: int | None = None
+    width: int | None = field(default=None, metadata={"omit_default": True})
+    num_heads: int | None = field(default=None, metadata={"omit_default": True})
     max_positions: int = 1089
     dropout: float = 0.1
     branch_norm_init: float = 1.0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cogview.data.image_dataset import ImageExample, caption_of, captions, check_dataset, check_side, render
+from cogview.data.image_dataset import ImageExample, caption_of, check_dataset, check_side, render, texts
 from cogview.errors import InputError
 
 
@@ -49,7 +49,7 @@ def test_caption_of_refuses_an_example_without_captions():
 
 
 def test_captions_yields_every_caption_once():
-    assert list(captions(Numbers())) == ["一", "二", "一"]
+    assert list(texts(Numbers())) == ["一", "二", "一"]
 
 
 def test_caption_of_pairs_rows_beyond_the_examples_with_their_next_captions():

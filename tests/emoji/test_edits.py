@@ -2,17 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 
+from cogview.data.image_dataset import texts
 from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.attributes import BOARDS, STYLES, TYPEFACES, Sign
-from cogview.emoji.datasets import EditDataset
+from cogview.emoji.datasets import EditDataset, named_regions
 from cogview.emoji.edits import EDIT_KINDS, Change, Edit, EditSampler, apply_change, changed_cells, unchanged_share
 from cogview.emoji.instructions import InstructionReader, write_instruction
-from cogview.emoji.scene import COLOURS, Scene
+from cogview.emoji.scene import COLOURS, PLACES, Scene, SceneWeights
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 
@@ -190,4 +191,33 @@ def test_edit_dataset_renders_sources_and_results(world: EmojiWorld) -> None:
     assert example.captions == (world.caption(edit.result, 3),)
     assert len({dataset[index].instruction for index in range(100)}) > 60
     assert dataset.provenance["edits"] == list(EDIT_KINDS)
-    assert len(example.regions) == len(edit.result.shown)
+    assert len(example.regions) == len(edit.result.shown) + len(edit.result.sign.text if edit.result.sign else "")
+
+
+def test_named_regions_are_those_of_objects_and_characters(world: EmojiWorld) -> None:
+    scenes = (world.sample_scene(0, index) for index in range(2000))
+    scene = next(one for one in scenes if one.kind == "label" and one.sign and len(one.sign.text) == 2)
+    found = [(region.names, region.box) for region in named_regions(scene)]
+    left, right = scene.sign.text
+    assert found == [
+        (scene.things[0].names, (0.0, 0.0, 1.0, 0.5)),
+        ((left,), (0.0, 0.5, 0.5, 1.0)),
+        ((right,), (0.5, 0.5, 1.0, 1.0)),
+    ]
+    assert set(scene.sign.text) <= set(EditDataset(world, seed=0).names)
+    assert len(set(EditDataset(world, seed=0).names)) == len(EditDataset(world, seed=0).names)
+
+
+def test_texts_of_edits_are_captions_and_instructions(world: EmojiWorld) -> None:
+    dataset = EditDataset(world, seed=4)
+    first, second = dataset[0], dataset[1]
+    expected = [first.captions[0], first.instruction, second.captions[0], second.instruction]
+    assert list(islice(texts(dataset), 4)) == expected
+
+
+def test_edits_start_from_kinds_of_scenes_by_their_weights(make_rich_world: MakeWorld) -> None:
+    sampler = EditSampler(make_rich_world(), SceneWeights(one=8, many=2, pair=2, place=4))
+    kinds = Counter(sampler.sample(0, index, kind="background").source.kind for index in range(1600))
+    expected = {"one": 800, "many": 200, "beside": 100, "above": 100, **dict.fromkeys(PLACES, 100)}
+    assert kinds.keys() == expected.keys()
+    assert all(abs(count - expected[kind]) < 5 * expected[kind] ** 0.5 for kind, count in kinds.items())

@@ -25,11 +25,11 @@ class Pieces:
         return [self.pieces.index(character) for character in text]
 
 
-def model_of(pieces, max_positions=80, width=8):
+def model_of(pieces, max_positions=80, width=8, num_layers=1, num_heads=2):
     transformer = TransformerConfig(
-        num_layers=1,
+        num_layers=num_layers,
         width=width,
-        num_heads=2,
+        num_heads=num_heads,
         vocabulary_size=VOCABULARY.padded_size,
         max_positions=max_positions,
     )
@@ -71,7 +71,32 @@ def test_load_weights_gives_both_shapes_when_they_differ():
     model, source = model_of("红狐狸色"), model_of("红狐狸色", width=16)
     message = (
         "init_from: my-model has another shape than this recipe; expected 1 layers of width 8 with 2 heads and 16 "
-        "image codes, got 1 layers of width 16 with 2 heads and 16 image codes"
+        "image codes, or the same with a fraction of width and heads, got 1 layers of width 16 with 2 heads and 16 "
+        "image codes"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_weights(model, source, "my-model")
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_a_wider_model_starts_with_the_same_function_and_different_copies(copies):
+    torch.manual_seed(0)
+    source = model_of("红狐狸色", width=16, num_layers=2)
+    with torch.no_grad():
+        for parameter in source.transformer.parameters():  # every bias and gain counts
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model = model_of("红狐狸色", width=16 * copies, num_layers=2, num_heads=2 * copies)
+    load_weights(model, source, "source")
+    ids = torch.randint(0, VOCABULARY.size, (3, 20))  # padding has no embedding that matters
+    with torch.no_grad():
+        expected, found = (one.transformer.eval()(ids)[..., : VOCABULARY.size] for one in (source, model))
+    assert expected.std() > 0.5
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    model.transformer(ids).square().mean().backward()
+    gradient = model.transformer.layers[1].mlp.input.weight.grad
+    assert not torch.allclose(gradient[:64], gradient[64:128], rtol=0.1)
+
+
+def test_a_narrower_model_does_not_start_from_a_wider_one():
+    with pytest.raises(InputError, match="has another shape than this recipe"):
+        load_weights(model_of("红狐狸色", width=8), model_of("红狐狸色", width=16, num_heads=4), "wide")
