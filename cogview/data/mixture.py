@@ -19,6 +19,7 @@ from cogview.data.phases import Phase, check_phases, check_size
 from cogview.data.sampling_order import sample_index
 from cogview.data.store import NO_TOKEN, TEXT_FIELDS, StoreHeader, TokenStore
 from cogview.errors import InputError
+from cogview.tokenizers.tasks import feeds
 
 # Of the samples that reach a split, sample j goes left where floor((j + 1)·w / 2^24) exceeds floor(j·w / 2^24).
 _SPLIT_BITS = 24  # j·w fits 63 bits up to sample 2^39, which is 5·10^11
@@ -58,13 +59,17 @@ class Mixture:
             counts += [0] * (len(last.names) - len(counts))
             self._before.append(self._before[-1] + np.array(counts))
 
+    def phase_of(self, sample: int) -> Phase:
+        """Return the phase of a sample of the run."""
+        return self.phases[int(np.searchsorted(self._first_samples, sample, side="right")) - 1]
+
     def locate(self, samples: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the store and the row that each sample of the run reads.
 
         Args:
             samples: sample numbers, from 0; any shape.
 
-        Reordinals:
+        Returns:
             Two int64 arrays in the shape of ``samples``: indices of stores, and rows in these stores.
 
         Raises:
@@ -131,14 +136,17 @@ def _store_seed(seed: int, store: int) -> int:
 class MixedStore:
     """The rows of several compatible stores; ``header`` is the header of the first store.
 
-    Text fields may be narrower than that of the first store; they are padded with ``NO_TOKEN``. The object can be
-    pickled and sent to the workers of a DataLoader.
+    Text fields may be narrower than that of the first store, and a store may lack fields that another one has; both are
+    padded with ``NO_TOKEN``. The object can be pickled and sent to the workers of a DataLoader.
 
     Args:
         stores: the stores, at least one.
 
+    Attributes:
+        fields: Width of every field that a store has, by name.
+
     Raises:
-        InputError: if fields, grid or tokenizers of the stores differ.
+        InputError: if grid, tokenizers or widths of the stores differ.
     """
 
     def __init__(self, stores: Sequence[TokenStore]) -> None:
@@ -146,8 +154,23 @@ class MixedStore:
             raise InputError("there are no stores to train on, expected at least one")
         self.stores = tuple(stores)
         self.header = stores[0].header
+        self.fields = dict(self.header.fields)
         for store in stores[1:]:
-            check_fits(store, self.header, str(stores[0].path))
+            check_fits(store, self.header, str(stores[0].path), same_fields=False)
+            for name, width in store.header.fields.items():
+                if self.fields.setdefault(name, width) != width and name not in TEXT_FIELDS:
+                    raise InputError(
+                        f'the field "{name}" is {width} wide in {store.path}, but {self.fields[name]} in another '
+                        "store: encode both alike"
+                    )
+
+    def feeding(self, task: str) -> np.ndarray:
+        """Return which stores can feed a task, bool (S,).
+
+        Args:
+            task: Name of the task.
+        """
+        return np.array([feeds(store.header.layouts, task) for store in self.stores])
 
     def with_store(self, store: TokenStore) -> MixedStore:
         """Return a copy with ``store`` appended."""
@@ -171,10 +194,7 @@ class MixedStore:
         if asked.size and not 0 <= asked[0] <= asked[-1] < len(self.stores):
             outside = asked[0] if asked[0] < 0 else asked[-1]
             raise IndexError(f"store {outside} of a mixture that has the stores 0…{len(self.stores) - 1}")
-        mixed = {
-            name: np.full((len(numbers), width), NO_TOKEN, dtype=np.uint16)
-            for name, width in self.header.fields.items()
-        }
+        mixed = {name: np.full((len(numbers), width), NO_TOKEN, dtype=np.uint16) for name, width in self.fields.items()}
         for number in asked:
             at = np.flatnonzero(numbers == number)
             for name, ids_NW in self.stores[number].read(rows[at]).items():
@@ -187,23 +207,26 @@ class MixedStore:
             check_size(name, size, len(store))
 
 
-def check_fits(store: TokenStore, header: StoreHeader, whose: str) -> None:
+def check_fits(store: TokenStore, header: StoreHeader, whose: str, *, same_fields: bool = True) -> None:
     """Check that a store can be mixed with the stores of a run.
 
     Args:
         store: the store.
         header: header of the first store.
         whose: name of the first store, for messages.
+        same_fields: Whether it must have the same fields.
 
     Raises:
         InputError: if fields, grid, tokenizers or widths do not match.
     """
     store.check_same_tokenizers(header)
     fields = store.header.fields
-    if set(fields) != set(header.fields):
+    if same_fields and set(fields) != set(header.fields):
         own, others = (", ".join(sorted(names)) for names in (fields, header.fields))
         raise InputError(f"{store.path} has the fields {own}, but {whose} has {others}: encode both alike")
     for name, width in header.fields.items():
+        if name not in fields:
+            continue
         if name in TEXT_FIELDS and fields[name] > width:
             raise InputError(
                 f"{store.path} has texts of up to {fields[name]} pieces, {whose} of up to {width}: encode it with "

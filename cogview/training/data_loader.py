@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from cogview.training.examples import TrainingBatch
 # A forked worker would keep all memory of this process, as it was then, and its connections.
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PREFETCH_FACTOR = 4  # batches that each worker builds ahead of time
+OTHER_STORES = 1  # a key of the random numbers that choose rows for tasks that a sample's store cannot feed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,14 +85,35 @@ class StepDataset(Dataset[TrainingBatch]):
     def __getitem__(self, step: int) -> TrainingBatch:
         size = self.builder.settings.batch_size
         local = self.context.local_slice(size)
-        samples = np.arange(step * size, (step + 1) * size)[local]
+        samples = np.arange(step * size, (step + 1) * size)
+        # Decisions are made for all rows of the step, so that they do not depend on the number of processes.
+        plan = self.builder.plan_rows(step, size, self.store.fields["image"])
+        stores, numbers = self._locate(step, samples, plan.tasks)
+        located = np.stack([samples, stores, numbers], axis=1)[local]
+        rows = self.store.read(stores[local], numbers[local])
+        return self.builder.build_batch(step, rows, plan.select(local), num_shards=self.num_shards, samples=located)
+
+    def _locate(self, step: int, samples: np.ndarray, tasks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the store and the row of each sample of a step.
+
+        Where the store of a sample cannot feed its task, a row of the others is sampled at random, by the shares of the
+        stores. The shares of the tasks are therefore exact, and those of the stores only where each feeds every task.
+
+        Args:
+            step: The step.
+            samples: Numbers of its samples (B,).
+            tasks: Task of each.
+        """
         stores, numbers = self.mixture.locate(samples)
-        rows = self.store.read(stores, numbers)
-        # Decisions are drawn for all rows of the step, so that they do not depend on the number of processes.
-        plan = self.builder.plan_rows(step, size, rows["image"].shape[1]).select(local)
-        return self.builder.build_batch(
-            step, rows, plan, num_shards=self.num_shards, samples=np.stack([samples, stores, numbers], axis=1)
-        )
+        phase = self.mixture.phase_of(int(samples[0]))
+        feeding = {task: self.store.feeding(task)[: len(phase.names)] for task in dict.fromkeys(tasks)}
+        random = np.random.default_rng([self.builder.settings.seed, step, OTHER_STORES])
+        for index, task in enumerate(tasks):
+            if not feeding[task][stores[index]]:
+                shares = np.array(phase.weights) * feeding[task]
+                store = random.choice(len(shares), p=shares / shares.sum())
+                stores[index], numbers[index] = store, random.integers(phase.sizes[store])
+        return stores, numbers
 
     def from_step(self, step: int) -> Iterator[TrainingBatch]:
         """Iterate over the batches from ``step`` on; workers, if there are any, build them ahead of time."""

@@ -28,7 +28,7 @@ from cogview.modeling.initialization import load_weights
 from cogview.modeling.lora import add_lora
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.layouts import layouts
-from cogview.tokenizers.tasks import INSTRUCTION_FIELD, TASKS, check_grid
+from cogview.tokenizers.tasks import INSTRUCTION_FIELD, TASKS, check_grid, feeds
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.data_loader import TrainingStores
@@ -144,14 +144,16 @@ def open_stores(recipe: Recipe, settings: TransformerSettings, tokenizers: Token
         store.check_compatible(
             codebook_sha256=tokenizers.codebook_sha256, text_sha256=tokenizers.text_sha256, grid=first.header.grid
         )
-        for task in training.tasks:
-            store.check_compatible(layout=task)
         if training.name_loss_weight and "named" not in store.header.fields:
             raise InputError(
                 f"{store.path} does not say which name stands where, but name_loss_weight is "
                 f"{training.name_loss_weight}: encode the store with named: true, or pictures with a "
                 "column of boxes, or set the weight to 0"
             )
+    for task in training.tasks:
+        validation.check_compatible(layout=task)
+        if not any(feeds(store.header.layouts, task) for store in stores.values()):
+            first.check_compatible(layout=task)  # raises InputError
     for store in (*stores.values(), validation):
         room = store.header.fields["text"]
         if (longest := store.header.fields.get(INSTRUCTION_FIELD, 0)) > room:

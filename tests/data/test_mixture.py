@@ -301,6 +301,17 @@ def test_mixed_store_of_one_store_equals_that_store(three_stores):
     assert_same(MixedStore(three_stores[:1]).read(np.zeros(4, dtype=int), rows), three_stores[0].read(rows))
 
 
+def test_mixed_store_pads_the_fields_that_a_store_lacks(tmp_path):
+    plain = make_store(tmp_path / "plain", 5)
+    large = make_store(tmp_path / "large", 5, replace(HEADER, fields={**HEADER.fields, "large": 64}), seed=1)
+    mixed = MixedStore([plain, large])
+    assert mixed.fields == {"text": 6, "image": 16, "large": 64}
+    rows = mixed.read(np.array([1, 0]), np.array([2, 3]))
+    np.testing.assert_array_equal(rows["large"][0], large[2]["large"])
+    assert (rows["large"][1] == NO_TOKEN).all()
+    np.testing.assert_array_equal(rows["image"], np.stack([large[2]["image"], plain[3]["image"]]))
+
+
 def test_with_store_keeps_the_numbers_of_earlier_stores(three_stores):
     two = MixedStore(three_stores[:2])
     all_three = two.with_store(three_stores[2])
@@ -362,10 +373,6 @@ def test_mixed_store_reads_the_same_in_forked_workers(three_stores):
     ("change", "message"),
     [
         (
-            {"fields": {"text": 6, "image": 16, "named": 16}},
-            r"other has the fields image, named, text, but .*first has image, text: encode both alike",
-        ),
-        (
             {"fields": {"text": 8, "image": 16}},
             r"other has texts of up to 8 pieces, .*first of up to 6: encode it with text_width: 6, or begin",
         ),
@@ -391,6 +398,8 @@ def test_mixed_store_rejects_fields_of_other_widths(tmp_path):
     )
     with pytest.raises(InputError, match=r'field "large" is 4 wide in .*other, but 64 in .*first: encode both alike'):
         MixedStore([first, other])
+    with pytest.raises(InputError, match=r'field "large" is 4 wide in .*other, but 64 in another store: encode both'):
+        MixedStore([make_store(tmp_path / "plain", 3), first, other])
 
 
 def test_mixed_store_rejects_no_stores():

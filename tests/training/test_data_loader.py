@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,13 @@ def config(tiny_checkpoint) -> ModelConfig:
     return read_config(tiny_checkpoint)
 
 
-def write_store(path: Path, config: ModelConfig, count: int) -> TokenStore:
+def write_store(path: Path, config: ModelConfig, count: int, *, large: bool = False) -> TokenStore:
     header = StoreHeader(
-        fields={"text": 20, "image": config.grid**2},
+        fields={"text": 20, "image": config.grid**2, **({"large": 4 * config.grid**2} if large else {})},
         grid=config.grid,
         num_image_codes=config.vocabulary.num_image_codes,
         num_text_pieces=config.vocabulary.num_text_pieces,
-        layouts=("generate",),
+        layouts=("generate", "upscale") if large else ("generate",),
         codebook_sha256=config.codebook_sha256,
         text_sha256="",
     )
@@ -46,10 +47,11 @@ def write_store(path: Path, config: ModelConfig, count: int) -> TokenStore:
     with StoreWriter(path, header) as writer:
         writer.append(
             {
-                "text": random.integers(config.vocabulary.num_text_pieces, size=(count, 20)).astype(np.uint16),
-                "image": random.integers(config.vocabulary.num_image_codes, size=(count, config.grid**2)).astype(
-                    np.uint16
-                ),
+                name: random.integers(
+                    config.vocabulary.num_text_pieces if name == "text" else config.vocabulary.num_image_codes,
+                    size=(count, width),
+                ).astype(np.uint16)
+                for name, width in header.fields.items()
             }
         )
     return TokenStore(path)
@@ -84,6 +86,38 @@ def test_batches_mix_stores_by_their_weights(folder, config):
     for store, size in enumerate((10, 14)):
         rows = given[given[:, 1] == store, 2]
         assert sorted(rows[:size].tolist()) == list(range(size))  # an epoch of this store
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_come_from_stores_that_can_feed_their_task(tmp_path, config, world_size):
+    """Upscaling needs large images, which one store of three has; the shares of the tasks stay as they are."""
+    stores = {
+        name: write_store(tmp_path / name, config, count, large=name == "large")
+        for name, count in (("first", 10), ("second", 14), ("large", 12))
+    }
+    settings = TransformerTraining(
+        steps=100, warmup_steps=1, batch_size=BATCH, seed=5, tasks={"generate": 1.0, "upscale": 1.0}
+    )
+    builder = ExampleBuilder(replace(config, tasks=("generate", "upscale")), settings)
+    mixture = Mixture([Phase(first_sample=0, names=tuple(stores), weights=(3, 2, 1), sizes=(10, 14, 12))], 5)
+    mixed = MixedStore(list(stores.values()))
+    tasks, located = [], []
+    for step in range(100):
+        parts = [
+            StepDataset(mixed, mixture, builder, DistributedContext(SINGLE.device, rank, world_size))[step]
+            for rank in range(world_size)
+        ]
+        tasks += builder.plan_rows(step, BATCH, config.grid**2).tasks
+        located += np.concatenate([part.samples for part in parts]).tolist()
+    assert 240 < tasks.count("upscale") < 360
+    upscaled = [row for (_, store, row), task in zip(located, tasks, strict=True) if task == "upscale"]
+    assert {store for (_, store, _), task in zip(located, tasks, strict=True) if task == "upscale"} == {2}
+    assert set(upscaled) == set(range(12))
+    generated = [store for (_, store, _), task in zip(located, tasks, strict=True) if task == "generate"]
+    _, expected = mixture.locate(np.arange(100 * BATCH))
+    assert np.bincount(generated, minlength=3).argmax() == 0
+    kept = [number for number, task in enumerate(tasks) if task == "generate"]
+    assert [located[number][2] for number in kept] == expected[kept].tolist()
 
 
 def test_refresh_adds_a_new_store_and_a_resumed_run_repeats_it(folder, config, capsys):
