@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +13,15 @@ from cogview.checkpoints.image_tokenizer import load_image_tokenizer, read_image
 from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.config_io import to_mapping
 from cogview.errors import InputError
+from cogview.formatting import plural
 from cogview.training.recipe import Recipe
 from cogview.training.vqvae_recipe import VQVAERecipe
-from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.model import VQVAE, ResidualBlock, VQVAEConfig
 
 # Keys of the shape that a recipe may change; the convolutions fit whatever they are, but for the two at the codebook.
 CODEBOOK_KEYS = ("num_codes", "code_width", "normalize_codes")
+# Keys whose numbers of residual blocks a recipe may raise; new blocks start as identities.
+BLOCK_KEYS = ("encoder_blocks", "decoder_blocks")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +57,8 @@ def image_folder(name: str) -> Path:
 def image_settings(recipe: Recipe) -> VQVAERecipe:
     """Return the section ``image`` of a recipe; with ``init_from`` the model has its shape, but for keys of ``model``.
 
+    Encoder and decoder may have more residual blocks than ``init_from``.
+
     Args:
         recipe: The recipe.
 
@@ -86,11 +92,14 @@ def load_initial_vqvae(name: str, config: VQVAEConfig, seed: int, *, decoder_onl
     """
     source = load_image_tokenizer(image_folder(name))
     _check_shape(name, source.config, config, decoder_only=decoder_only)
+    grown = "" if decoder_only else _described_growth(source.config, config)
+    if grown:
+        source = _with_more_blocks(source, config, seed)
     if source.config == config:
         taken_whole = f"begins with encoder, decoder and codebook of {name}"
         if decoder_only:
             taken_whole = f"trains the decoder alone, so that all codes stay as they are with {name}"
-        return InitialVQVAE(model=source, decoder_only=decoder_only, description=taken_whole)
+        return InitialVQVAE(model=source, decoder_only=decoder_only, description=taken_whole + grown)
     torch.manual_seed(seed)
     model = VQVAE(config)
     own = model.state_dict()
@@ -107,14 +116,67 @@ def load_initial_vqvae(name: str, config: VQVAEConfig, seed: int, *, decoder_onl
     return InitialVQVAE(
         model=model,
         keeps_codebook=False,
-        description=f"begins with the convolutions of {name}; anew: {new}, which starts from the images",
+        description=f"begins with the convolutions of {name}{grown}; anew: {new}, which starts from the images",
     )
+
+
+def _described_growth(found: VQVAEConfig, expected: VQVAEConfig) -> str:
+    """Return how many blocks ``expected`` has more, for the line that describes the start; empty without any."""
+    more = sum(sum(getattr(expected, key)) - sum(getattr(found, key)) for key in BLOCK_KEYS)
+    return f", and with {plural(more, 'more residual block')} that begin as identities" if more else ""
+
+
+def _with_more_blocks(source: VQVAE, config: VQVAEConfig, seed: int) -> VQVAE:
+    """Return a VQ-VAE with the blocks of ``config`` that computes what ``source`` does, with its codebook.
+
+    A new residual block follows those of its scale; its second convolution is zero.
+    """
+    torch.manual_seed(seed)
+    model = VQVAE(replace(source.config, **{key: getattr(config, key) for key in BLOCK_KEYS}))
+    state = model.state_dict()
+    for network in ("encoder", "decoder"):
+        number_of_block = {module: number for number, module in enumerate(getattr(model, network))}
+        known = _slots(getattr(source, network), getattr(source.config, f"{network}_blocks"), network)
+        for slot, module in _slots(
+            getattr(model, network), getattr(model.config, f"{network}_blocks"), network
+        ).items():
+            prefix = f"{network}.{number_of_block[module]}."
+            for key, tensor in known.get(slot, module).state_dict().items():
+                is_new_branch = slot not in known and key.startswith("second.")
+                state[prefix + key] = torch.zeros_like(tensor) if is_new_branch else tensor
+    state |= {key: tensor for key, tensor in source.state_dict().items() if key.startswith("quantizer.")}
+    model.load_state_dict(state)
+    return model.train(source.training)
+
+
+def _slots(
+    network: torch.nn.Sequential, blocks: Sequence[int], name: str
+) -> dict[tuple[str, int, int], torch.nn.Module]:
+    """Return the modules of an encoder or decoder by their place: kind, scale and number there.
+
+    Args:
+        network: The network.
+        blocks: Its residual blocks at each scale.
+        name: ``encoder``, or ``decoder``, which begins at the last scale.
+    """
+    scales = [scale for scale, count in enumerate(blocks) for _ in range(count)]
+    remaining = iter(scales if name == "encoder" else sorted(scales, reverse=True))
+    slots: dict[tuple[str, int, int], torch.nn.Module] = {}
+    counts: Counter[tuple[str, int]] = Counter()
+    for module in network:
+        place = ("block", next(remaining)) if isinstance(module, ResidualBlock) else ("other", 0)
+        slots[place[0], place[1], counts[place]] = module
+        counts[place] += 1
+    return slots
 
 
 def _check_shape(name: str, found: VQVAEConfig, expected: VQVAEConfig, *, decoder_only: bool) -> None:
     """Raise InputError for the first key that differs, besides ``CODEBOOK_KEYS``; of these too for the decoder."""
     for field in fields(VQVAEConfig):
         other, own = getattr(found, field.name), getattr(expected, field.name)
+        is_growth = field.name in BLOCK_KEYS and not decoder_only and len(other) == len(own)
+        if is_growth and all(more >= blocks for more, blocks in zip(own, other, strict=True)):
+            continue
         if field.name not in CODEBOOK_KEYS and other != own:
             raise _other_networks(name, field.name, other, own)
     if decoder_only and found != expected:

@@ -83,7 +83,7 @@ def test_load_initial_vqvae_copies_the_convolutions_for_another_codebook(tokeniz
     [
         (dataclasses.replace(CONFIG, channels=(4, 8, 16)), "channels"),
         (VQVAEConfig(downsampling=16, num_codes=16, code_width=4), "downsampling"),
-        (dataclasses.replace(CONFIG, decoder_blocks=(1, 0, 1)), "decoder_blocks"),
+        (dataclasses.replace(CONFIG, decoder_blocks=(1, 0, 0)), "decoder_blocks"),
         (dataclasses.replace(V1, channels=(4, 8, 8)), "architecture"),
         (dataclasses.replace(CONFIG, std=(0.25, 0.25, 0.25)), "std"),
     ],
@@ -92,6 +92,36 @@ def test_load_initial_vqvae_refuses_other_networks(tokenizer, config, key):
     name, _ = tokenizer(CONFIG)
     with pytest.raises(InputError, match=f"^init_from keeps the networks of {name}, whose {key} is .*; remove"):
         load_initial_vqvae(name, config, 0)
+
+
+def test_more_residual_blocks_start_as_identities_and_learn(tokenizer):
+    name, source = tokenizer(CONFIG)
+    config = dataclasses.replace(CONFIG, encoder_blocks=(0, 1, 2), decoder_blocks=(1, 0, 3))
+    initial = load_initial_vqvae(name, config, 0)
+    assert initial.description.endswith(f"codebook of {name}, and with 5 more residual blocks that begin as identities")
+    assert initial.model.config == config
+    assert initial.keeps_codebook
+    codes = source.encode(images())
+    assert torch.equal(initial.model.encode(images()), codes)
+    torch.testing.assert_close(initial.model.decode(codes), source.decode(codes))
+
+    trainer = VQVAETrainer(config, VQVAETrainingSettings(steps=6, batch_size=4, warmup_steps=2), CPU, initial=initial)
+    before = {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
+    for step in range(3):
+        trainer.step(step, images())
+    assert all(
+        not torch.equal(tensor, before[key])
+        for key, tensor in trainer.model.state_dict().items()
+        if key.endswith((".first.weight", ".second.weight"))
+    )
+
+
+def test_more_residual_blocks_do_not_need_the_same_codebook(tokenizer):
+    name, _ = tokenizer(CONFIG)
+    initial = load_initial_vqvae(name, dataclasses.replace(CONFIG, decoder_blocks=(0, 0, 2), num_codes=24), 0)
+    assert "with 1 more residual block that begin as identities; anew: a codebook of 24 codes" in initial.description
+    with pytest.raises(InputError, match="whose decoder_blocks is"):
+        load_initial_vqvae(name, dataclasses.replace(CONFIG, decoder_blocks=(0, 0, 2)), 0, decoder_only=True)
 
 
 def test_image_settings_take_the_shape_of_init_from(tokenizer):
