@@ -24,7 +24,7 @@ from cogview.emoji.world import EmojiWorld
 _MAX_BACKGROUNDS = 6  # with which the whole image is explained ...
 _MIN_VOTES = 0.25  # ... each with at least this fraction of the winner's votes
 _COLOUR_SCALE = 30.0  # RGB distance at which a pixel's vote for a background has fallen to exp(-1/2)
-_MIN_GAIN = 40.0  # squared bytes per value that each object lowers the error by at least
+_MIN_GAIN = 18.0  # squared bytes per value that each object lowers the error by at least
 _MAX_FITS = 4  # arrangements on each background that are compared in full
 _OUTER = 8  # objects that are tried with another one inside
 
