@@ -106,7 +106,8 @@ class Task:
         name: Name in recipes, configs, job files and messages.
         layout: Elements of its sequence. Empty: that of ``trained_as``.
         inputs: Keys that a request must bring, as job files name them: ``prompt``, ``image``, ``images``, ``rows``,
-            ``mask``, ``keep``.
+            ``mask``.
+        options: Keys that a request may bring beside the settings of all tasks: ``mask``, ``strength``, ``keep``.
         output: Whether an image, a text or a ranking of the given images comes out.
         activity: Present participle for progress bars and logs, such as ``upscaling``.
         trained_as: Task whose weights do this one. Empty: its own, so that training and configs know it by name.
@@ -120,6 +121,7 @@ class Task:
     name: str
     layout: tuple[Element, ...] = ()
     inputs: tuple[str, ...]
+    options: tuple[str, ...] = ()
     output: Literal["image", "text", "ranking"]
     activity: str
     trained_as: str = ""
@@ -280,9 +282,10 @@ _ROWS = (
         name="edit",
         layout=_edit_layout(_INSTRUCTION, ImageElement(SOURCE_FIELD, maskable=True)),
         inputs=("prompt", "image"),
+        options=("mask", "strength"),
         output="image",
         activity="editing",
-        in_jobs=False,
+        command="edit",
     ),
     Task(  # the codes of the image that are unknown in the source are generated; the text describes the whole
         name="fill",
@@ -290,15 +293,16 @@ _ROWS = (
         inputs=("prompt", "image", "mask"),
         output="image",
         activity="filling",
-        in_jobs=False,
+        command="complete --mask",
     ),
     Task(  # some codes of the image stay, without any text
         name="vary",
-        inputs=("image", "keep"),
+        inputs=("image",),
+        options=("keep",),
         output="image",
         activity="varying",
         trained_as="fill",
-        in_jobs=False,
+        command="vary",
     ),
     Task(  # nothing is blank: the text is given and scored
         name="score",

@@ -32,10 +32,12 @@ class ImageReader:
 
     Attributes:
         problems: Message of each image that cannot be read, in the order in which they were tried.
+        sizes: Width and height of each image that was read, before it was fitted.
     """
 
     def __init__(self) -> None:
         self.problems: dict[Path, str] = {}
+        self.sizes: dict[Path, tuple[int, int]] = {}
         self._noted: set[Path] = set()
 
     def find(self, arguments: Sequence[str]) -> list[Path]:
@@ -76,6 +78,7 @@ class ImageReader:
         notes: list[str] = []
         try:
             image = read_image(path, notes.append)
+            self.sizes[path] = image.size
             note = None
             if tiles:
                 problem = tiles_problem(image.width, image.height, model.image_size(task))

@@ -53,7 +53,9 @@ from cogview.signals import exit_status_of_signal, terminable
 SECTIONS = {
     "Generate": {
         "generate": ("generate", "generate images from text"),
-        "complete": ("complete", "keep the upper part of an image and generate the rest"),
+        "complete": ("complete", "keep a part of an image and generate the rest"),
+        "edit": ("edit", "change an image as an instruction says"),
+        "vary": ("vary", "generate variations of an image"),
         "upscale": ("upscale", "generate images at twice their side"),
         "caption": ("caption", "caption images"),
         "rerank": ("rerank", "rank images by how well a text describes them"),

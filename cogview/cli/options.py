@@ -379,10 +379,10 @@ def _without_default_if_required(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "default" or not settings.get("required")}
 
 
-def count_option(items: str) -> Decorator:
+def count_option(items: str, default: int = 1) -> Decorator:
     """Return ``-n``: the number of ``items``, such as "images per prompt"."""
     kind = click.IntRange(min=1, max=MAX_RESULTS)
-    return click.option("-n", type=kind, default=1, metavar="COUNT", help=f"number of {items}")
+    return click.option("-n", type=kind, default=default, metavar="COUNT", help=f"number of {items}")
 
 
 def overrides_argument(section: str) -> Decorator:

@@ -15,6 +15,7 @@ from cogview.plain_data import parse_json
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NO_COMMAND = "none: it was upscaled within a job, which has to be run again"
 ADAPTER_FOLDER = re.compile(r"(.*) \([0-9a-f]{12}\)(?::(.*))?")  # name, hash and scale
+EDIT_OPTIONS = {"edit": ("mask", "strength"), "fill": ("mask",), "vary": ("keep",)}  # by task
 MAX_SHOWN = 500  # characters of a text in a chunk that is not of CogView
 
 
@@ -45,7 +46,7 @@ def describe_png(path: Path) -> dict[str, str]:
         raise InputError(f"{path} is cut off or damaged: {' '.join(str(error).split())}") from None
     if "cogview" in texts and "seed" in texts:
         made_by = f"cogview {texts.pop('cogview')}"
-        hidden = ("codes", A1111_KEY)
+        hidden = ("codes", "mask_codes", A1111_KEY)
         facts = {key.replace("_", " "): text for key, text in texts.items() if key not in hidden}
         try:
             command = {"command": repeat_command(texts) or NO_COMMAND}
@@ -110,6 +111,8 @@ def _image_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
         return ["generate", *count], [prompt]
     if task == "complete":
         return ["complete", "--rows", texts.get("rows", "0"), "--prompt", prompt, *count], [source]
+    if task in EDIT_OPTIONS:
+        return _edit_words(texts, count, [source])
     # Files of versions before 0.3 do not name the task of the small image.
     is_own = source.startswith(f"{safe_name(prompt)}-seed{texts['seed']}-{index}")
     if texts.get("source_task", "generate" if is_own else None) == "generate":
@@ -120,6 +123,15 @@ def _image_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     return ["upscale", *flags, "--prompt", prompt], [source]
 
 
+def _edit_words(texts: Mapping[str, str], options: list[str], sources: list[str]) -> tuple[list[str], list[str]]:
+    """Return the command of an edited, filled or varied image, and the arguments that stand before its options."""
+    task, prompt = texts["task"], texts.get("prompt", "")
+    given = [word for key in EDIT_OPTIONS[task] if key in texts for word in (f"--{key}", texts[key])]
+    if task == "fill":
+        return ["complete", *given, "--prompt", prompt, *options], sources
+    return [task, *given, *options], [*sources, prompt] if task == "edit" else sources
+
+
 def _sheet_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return the command of a contact sheet, and the arguments that stand before its options."""
     prompt, source = texts.get("prompt", ""), texts.get("source", "")
@@ -128,6 +140,8 @@ def _sheet_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     options.append("--grid")
     if texts.get("task") == "complete":
         return ["complete", "--rows", texts.get("rows", "0"), "--prompt", prompt, *options], source.split("\n")
+    if texts.get("task") in EDIT_OPTIONS:
+        return _edit_words(texts, options, source.split("\n"))
     if texts.get("task") == "job":
         return ["generate", "--input", source, *options], []
     prompts = _parse(texts["prompts"], list) if "prompts" in texts else prompt.split("\n")

@@ -122,6 +122,11 @@ class ProgressBar:
         if self._previews is not None:
             self._previews.remove(request)
 
+    def catch_up(self) -> None:
+        """Advance the bar to the share of results that are finished: some may have fewer codes than was expected."""
+        share = min(1.0, self._done / max(1, self._count))
+        self._bar.update(max(0, int(share * self._bar.total) - self._bar.n))
+
     def set_progress(self, done: int, codes: int) -> None:
         """Set the number of results and tokens that all processes of a job have finished."""
         self._done = done

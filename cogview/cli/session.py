@@ -150,15 +150,19 @@ class GenerationSession:
         """Return whether ``prompt`` can be used; print on stderr why not, or what to expect of it."""
         return check_prompt(self.model, prompt)
 
-    def requests(self, prompt: str, n: int, negative: str | None = None) -> list[GenerationRequest]:
+    def requests(
+        self, prompt: str, n: int, *, task: str = "generate", negative: str | None = None
+    ) -> list[GenerationRequest]:
         """Return requests for the next ``n`` images of ``prompt``; repeated calls continue their numbers."""
         from cogview.pipeline.requests import GenerationRequest
 
         first = self._num_requested[prompt]
         self._num_requested[prompt] += n
-        sampling = self.sampling["generate"]
+        sampling = self.sampling[task]
         return [
-            GenerationRequest(prompt=prompt, seed=self.seed, index=index, sampling=sampling, negative=negative or "")
+            GenerationRequest(
+                prompt=prompt, seed=self.seed, index=index, task=task, sampling=sampling, negative=negative or ""
+            )
             for index in range(first, first + n)
         ]
 
@@ -186,6 +190,7 @@ class GenerationSession:
                 for output, image in zip(outputs, images, strict=True):
                     yield output, image  # type: ignore[misc]  # no request is for a caption
                     bar.finished(output.request)
+                    bar.catch_up()
 
     def best(
         self, generated: Iterator[tuple[ImageOutput, GeneratedImage]], n: int, keep: int, *, by: str
