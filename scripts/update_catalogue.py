@@ -82,6 +82,9 @@ ELSEWHERE = (
     # single words that messages and progress bars put in
     "generating",
     "completing",
+    "editing",
+    "filling",
+    "varying",
     "captioning",
     "upscaling",
     "scoring",

@@ -29,7 +29,14 @@ def test_tasks_of_each_reader():
         "complete": ("prompt", "image", "rows"),
         "caption": ("image",),
         "upscale": ("prompt", "image"),
+        "edit": ("prompt", "image"),
+        "fill": ("prompt", "image", "mask"),
+        "vary": ("image",),
         "rerank": ("prompt", "images"),
+    }
+    assert {name: task.options for name, task in TASKS.items() if task.options} == {
+        "edit": ("mask", "strength"),
+        "vary": ("keep",),
     }
 
 
