@@ -94,4 +94,7 @@ def _complete_rows(
             for request in requests
         ]
 
-    return generate_from_images(session, reader, paths, build, options=options, facts=facts)
+    codes = (session.grid - rows) * session.grid
+    return generate_from_images(
+        session, reader, paths, build, options=options, task="generate", codes=codes, facts=facts
+    )

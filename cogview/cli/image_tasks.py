@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     import numpy as np
 
     from cogview.pipeline.masks import Mask
-    from cogview.pipeline.requests import GenerationRequest
     from cogview.pipeline.results import GeneratedImage
 
 MASK_HELP = (
@@ -132,7 +131,8 @@ def edit_images(
             for request in requests
         ]
 
-    return generate_from_images(session, reader, paths, build, options=options, facts=shared)
+    codes = round(strength * session.grid**2) if mask is None else None
+    return generate_from_images(session, reader, paths, build, options=options, task=task, codes=codes, facts=shared)
 
 
 def generate_from_images(
@@ -142,6 +142,8 @@ def generate_from_images(
     build: Callable[[Path, np.ndarray], list[ImageOutput]],
     *,
     options: ImageTaskOptions,
+    task: str,
+    codes: int | None,
     facts: Mapping[str, str],
 ) -> int:
     """Generate images from image files and save them.
@@ -153,6 +155,8 @@ def generate_from_images(
         build: Returns the outputs of an image, from its path and codes; it raises InputError for one that cannot be
             used.
         options: The number of results, and where they are written.
+        task: Task of the requests.
+        codes: Number of codes that are sampled for a result; None: it depends on the mask of an image.
         facts: Text chunks of a contact sheet that name the task and its settings.
 
     Returns:
@@ -165,9 +169,9 @@ def generate_from_images(
 
     def parts() -> Iterator[list[ImageOutput]]:
         for part in batches(reader.read_all(paths, session.model), session.read_at_a_time):
-            codes = session.model.encode_images([image for _, image in part])
+            encoded = session.model.encode_images([image for _, image in part])
             outputs: list[ImageOutput] = []
-            for path, given in zip((paths[index] for index, _ in part), codes, strict=True):
+            for path, given in zip((paths[index] for index, _ in part), encoded, strict=True):
                 try:
                     outputs += build(path, given)
                 except InputError as error:
@@ -175,13 +179,15 @@ def generate_from_images(
             if outputs:
                 yield outputs
 
-    made = parts()
-    first = next(made, [])  # whose masks say how many codes an image has to sample
-    reader.require_some(len(first))
-    mean = sum(_num_sampled(output.request, session.grid) for output in first) // len(first)
+    made: Iterator[list[ImageOutput]] = parts()
+    if codes is None:
+        first = next(made, [])
+        reader.require_some(len(first))
+        codes = sum(map(_num_sampled, first)) // len(first)
+        made = chain([first], made)
     done, sheet, names = 0, [], []
-    activity = TASKS[first[0].request.task].activity
-    for target, image in session.generate(chain([first], made), activity, len(paths) * options.n, max(1, mean)):
+    activity = TASKS[task].activity
+    for target, image in session.generate(made, activity, len(paths) * options.n, max(1, codes)):
         session.save(target.path, image, **target.metadata)
         done += 1
         if options.grid:
@@ -210,8 +216,7 @@ def _save_sheet(
     session.save_sheet(path, page, images, captions=legend(groups), **texts)
 
 
-def _num_sampled(request: GenerationRequest, grid: int) -> int:
-    """Return the number of codes that a request samples, about."""
-    changeable = grid**2 if request.mask is None else int(request.mask.sum())
-    given = request.codes.size if request.task == "generate" and request.codes is not None else 0
-    return round(request.strength * (changeable - given))
+def _num_sampled(output: ImageOutput) -> int:
+    """Return the number of codes that are sampled for an image with a mask."""
+    assert output.request.mask is not None
+    return round(output.request.strength * int(output.request.mask.sum()))

@@ -85,8 +85,8 @@ def test_commands_include_those_of_derived_tasks():
         "caption": ("caption", "rerank"),
         "upscale": ("upscale",),
         "low_level": ("upscale --low-level",),
-        "edit": (),
-        "fill": (),
+        "edit": ("edit",),
+        "fill": ("complete --mask", "vary"),
     }
 
 
