@@ -106,6 +106,11 @@ ROWS: dict[str, Run | NotRun] = {
     'cogview upscale small.png --prompt "一个红苹果" --low-level': Run(),
     'cogview upscale large.png --prompt "一个红苹果" --tiles': Run(),
     'cogview complete picture.png --rows 4 --prompt "一个红苹果" -n 4': Run(),
+    'cogview edit picture.png "把苹果变成绿色" --model EDITOR': Run(),
+    'cogview edit picture.png "把苹果变成绿色" --mask 0,0,32,64 --model EDITOR': Run(),
+    'cogview edit picture.png "把苹果变成绿色" --strength 0.5 --model EDITOR': Run(),
+    'cogview complete picture.png --mask mask.png --prompt "一个红苹果" --model EDITOR': Run(),
+    "cogview vary picture.png --keep 0.7 -n 4 --model EDITOR": Run(),
     "cogview generate --input prompts.jsonl -o pictures": Run(),
     "cogview generate --input prompts.jsonl -o pictures --resume": Run(),
     "torchrun --nproc-per-node 8 --no-python cogview generate --input prompts.jsonl -o pictures": Run(
@@ -277,6 +282,7 @@ class Workshop:
         for name in ("pictures/a.png", "pictures/b.png", "outputs/一个红苹果-seed7-0.png", "picture.png"):
             save_image(name)
         save_image("small.png", size=(32, 32))
+        Image.fromarray(np.arange(64)[None].repeat(64, axis=0) < 32).save("mask.png")
         save_image("large.png", size=(80, 64))
         Path("prompts.jsonl").write_text('{"prompt": "一只狐狸"}\n{"prompt": "一个红苹果", "n": 2}\n', encoding="utf-8")
         Path("prompts.txt").write_text("一只狐狸\n一个红苹果\n", encoding="utf-8")
@@ -491,6 +497,7 @@ def test_commands_of_pages_run(line: str, workshop: Workshop, monkeypatch, capfd
     named = {
         "TINY": str(workshop.tiny),
         "MODEL": str(workshop.tiny),
+        "EDITOR": str(workshop.request.getfixturevalue("edit_checkpoint")),
         "FOLDER": str(workshop.tiny),
         "RECIPE": "tiny.yaml",
     }

@@ -21,6 +21,7 @@ from cogview.modeling.config import GREEDY, ModelConfig
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
 from cogview.planning.inference import estimate_inference
+from cogview.tokenizers.store_tasks import tasks_of_store
 from cogview.tokenizers.tasks import (
     GRID,
     RESTART_POSITIONS,
@@ -32,7 +33,6 @@ from cogview.tokenizers.tasks import (
     commands_of,
     register_task,
     registered,
-    tasks_of_store,
 )
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines import open_engine

@@ -9,7 +9,7 @@ task is a row of its own, added by ``register_task``. The layouts are those of C
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -157,6 +157,12 @@ class Task:
         return tuple(
             name for name, one in self.contents.items() if isinstance(one, TextElement) and name != self.blank_name
         )
+
+    @property
+    def is_described(self) -> bool:
+        """Whether the prompt describes the image, rather than how it changes."""
+        texts = [self.contents[name] for name in self.given_texts] if "prompt" in self.inputs else []
+        return any(isinstance(text, TextElement) and text.preferred != INSTRUCTION_FIELD for text in texts)
 
     @property
     def given_image(self) -> ImageElement | None:
@@ -398,23 +404,6 @@ def planned_tasks() -> tuple[str, ...]:
 def job_tasks() -> dict[str, Task]:
     """Return the tasks that job files may name."""
     return {name: task for name, task in TASKS.items() if task.in_jobs}
-
-
-def tasks_of_store(fields: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the tasks that rows with ``fields`` can train, for the header of a store.
-
-    Tasks that fill are not among them: what feeds generation feeds them too (``feeds``). The texts of rows that have a
-    source and no instruction are instructions, and describe no image.
-    """
-    found = [task for task in map(TASKS.__getitem__, trained_tasks()) if set(task.store_fields) <= set(fields)]
-    if SOURCE_FIELD in fields and INSTRUCTION_FIELD not in fields:
-        found = [task for task in found if SOURCE_FIELD in task.store_fields]
-    return tuple(task.name for task in found if not task.fills)
-
-
-def feeds(tasks: Collection[str], name: str) -> bool:
-    """Return whether a store whose header lists ``tasks`` can train the task ``name``."""
-    return name in tasks or (name in TASKS and TASKS[name].fills and "generate" in tasks)
 
 
 def commands_of(name: str) -> tuple[str, ...]:

@@ -69,8 +69,9 @@ class GenerateOptions:
     "source",
     metavar="FILE",
     help="run the lines of a file as a job: .txt, or - for standard input, holds a prompt per line; .csv, .tsv and "
-    ".jsonl may also set id, task (generate, complete, upscale, caption, rerank), image, images, rows, n, rank_by, "
-    "seed, temperature, top_k, top_p, min_p, guidance, text_attention and noise_version",
+    ".jsonl may also set id, task (generate, complete, edit, fill, vary, upscale, caption, rerank), image, images, "
+    "rows, mask, strength, keep, n, rank_by, seed, temperature, top_k, top_p, min_p, guidance, text_attention and "
+    "noise_version",
 )
 @click.option("--resume", is_flag=True, help="resume the job of --input")
 @option_group(

@@ -23,6 +23,7 @@ from cogview.jobs.observer import JobObserver, JobReport
 from cogview.jobs.plan import JobPlan, JobSettings
 from cogview.jobs.records import read_job
 from cogview.jobs.runner import JobRunner
+from cogview.limits import MAX_RESULTS
 from cogview.process_variables import is_first_process, rank_and_world_size
 from cogview.signals import GracefulStop, exit_status_of_signal
 
@@ -118,8 +119,11 @@ def run_job(source: str, *, resume: bool, options: GenerateOptions, session: Ses
 
     records, problems = read_job(source)
     rank_and_world_size()  # a wrong environment is reported before the model is loaded
-    counts = (record.n or options.n for record in records if record.row.weights == "generate")
-    images = sum(min(count, options.keep or count) for count in counts)
+    images = sum(
+        min(record.n or options.n, (options.keep if record.row.is_described else None) or MAX_RESULTS)
+        for record in records
+        if record.row.output == "image" and not record.row.windowed
+    )
     if options.grid:
         require_sheet_fits(images)
     path = options.output / f"{'stdin' if source == '-' else Path(source).stem}.ledger.jsonl"

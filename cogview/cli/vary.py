@@ -8,6 +8,7 @@ from cogview.cli.image_tasks import ImageTaskOptions, edit_images, image_task_op
 from cogview.cli.inputs import IMAGES_HELP, ImageReader
 from cogview.cli.options import Command, SessionOptions, argument, session_options
 from cogview.cli.session import GenerationSession
+from cogview.limits import DEFAULT_KEEP
 
 
 @click.command(cls=Command)
@@ -15,7 +16,7 @@ from cogview.cli.session import GenerationSession
 @click.option(
     "--keep",
     type=click.FloatRange(min=0, max=1),
-    default=0.5,
+    default=DEFAULT_KEEP,
     metavar="SHARE",
     help="share of the codes that are kept; larger shares keep these as well, and 1 keeps the image",
 )

@@ -32,7 +32,8 @@ from cogview.errors import InputError, RetryLaterError
 from cogview.formatting import printable, shorten
 from cogview.input_files import looked_at
 from cogview.plain_data import parse_json
-from cogview.tokenizers.tasks import INSTRUCTION_FIELD, feeds
+from cogview.tokenizers.store_tasks import feeds
+from cogview.tokenizers.tasks import INSTRUCTION_FIELD
 
 if TYPE_CHECKING:
     import lmdb

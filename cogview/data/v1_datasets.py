@@ -27,7 +27,7 @@ from cogview.data.store_checksum import DATA_FILE
 from cogview.data.v1_rows import ForbiddenGlobal, RowUnpickler, numbers_of
 from cogview.errors import InputError
 from cogview.pickle_limits import bounded_pickle
-from cogview.tokenizers.tasks import tasks_of_store
+from cogview.tokenizers.store_tasks import tasks_of_store
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, Vocabulary
 
 TEXT_WIDTH = 64  # text ids in a row of a .bin file

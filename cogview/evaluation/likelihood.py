@@ -21,7 +21,8 @@ from cogview.generation.scoring import ScoringRequest
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.ranking import score_tokens, term_scores
 from cogview.pipeline.ranking_rules import SCORE_TERMS
-from cogview.tokenizers.tasks import TASKS, feeds
+from cogview.tokenizers.store_tasks import feeds
+from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.vocabulary import TokenKind
 from cogview.tokenizers.windows import NUM_WINDOWS
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 
 from cogview.image_io.reading import FitRule, damaged_image, open_image, padded_size, to_rgb
 
+_NUMBERS = re.compile(r"[\s\d.+-]*(,[\s\d.+-]*)+")
 OPAQUE = 128  # from this level of 8 bits on a pixel is white, or opaque
 
 
@@ -34,6 +36,11 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
             return painted_pixels(ImageOps.exif_transpose(image))
         except Exception as error:  # Pillow's readers raise nearly anything on broken data
             raise damaged_image(path, error) from None
+
+
+def is_box(text: str) -> bool:
+    """Return whether the text of a mask is meant as a box ``x,y,w,h``, even as a wrong one, and not as a file."""
+    return bool(_NUMBERS.fullmatch(text))
 
 
 def painted_pixels(image: Image.Image) -> NDArray[np.bool_]:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from cogview.checkpoints.fingerprint import fingerprint
 from cogview.config_io import to_mapping
 from cogview.errors import InputError
-from cogview.formatting import shorten
+from cogview.image_io.masks import is_box
 from cogview.jobs.journal import JobJournal
 from cogview.jobs.locks import JobLocks
 from cogview.jobs.records import JobProblem, JobRecord, digest
+from cogview.jobs.result_files import result_problem, result_stem, unused_name
 from cogview.pipeline.ranking_rules import DEFAULT_RULE
-from cogview.tables import SHOWN, name_of
+from cogview.tables import name_of
 from cogview.tokenizers.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from cogview.pipeline.requests import GenerationRequest
 
 
+TEXT_SETTINGS = ("guidance", "text_attention")  # of a job, which tasks without a text do not take
 SCORED_AT_A_TIME = 64  # images of a job that only ranks, where no batch size limits them
 
 
@@ -73,9 +75,14 @@ class ResolvedRecord:
     upscale_sampling: Sampling | None = None  # None: the images are not upscaled
 
     @property
-    def is_ranked_task(self) -> bool:
-        """Whether the images of the task are ranked, upscaled and laid on a contact sheet."""
+    def is_on_sheet(self) -> bool:
+        """Whether the images of the task are laid on a contact sheet."""
         return self.record.row.output == "image" and not self.record.row.windowed
+
+    @property
+    def is_ranked_task(self) -> bool:
+        """Whether the images of the task are ranked and upscaled, both by a prompt that describes them."""
+        return self.is_on_sheet and self.record.row.is_described
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,6 +109,12 @@ class WorkItem:
     def given_images(self) -> Sequence[Path]:
         """Paths of the images that its record gives."""
         return self.record.images or ([] if self.record.image is None else [self.record.image])
+
+    @property
+    def given_files(self) -> list[Path]:
+        """Paths of these images, and of the file of the mask."""
+        mask = self.record.mask
+        return [*self.given_images, *([] if mask is None or is_box(mask) else [Path(mask)])]
 
     @property
     def size(self) -> int:
@@ -237,9 +250,9 @@ class JobPlan:
         items = []
         for resolved in self.resolved:
             record = resolved.record
-            requests = self._requests(resolved, counts)
+            requests, stem = self._requests(resolved, counts), result_stem(record)
             paths = [
-                self.settings.output / _unused_name(_stem(record), f"-seed{request.seed}-{request.index}.png", taken)
+                self.settings.output / unused_name(stem, f"-seed{request.seed}-{request.index}.png", taken)
                 for request in requests
                 if record.row.output == "image"
             ]
@@ -293,7 +306,7 @@ class JobPlan:
         """Check a record against the model; raise ValueError with the reason if it cannot be done."""
         from cogview.modeling.config import GREEDY, Sampling
 
-        task = record.row.weights
+        task = record.task
         self.model.require_task(task)
         if "prompt" in record.row.inputs and (problem := self.model.prompt_problem(record.prompt or "")) is not None:
             raise InputError(problem)
@@ -308,7 +321,16 @@ class JobPlan:
             return ResolvedRecord(record=record, n=n, sampling=sampled if record.sampling or n > 1 else GREEDY)
         if record.rows is not None and record.rows >= self.grid:
             raise InputError(f"the rows to keep must be from 0 to {self.grid - 1}, got {record.rows}")
-        sampling = {**self.settings.sampling, **record.sampling}
+        if record.mask is not None and is_box(record.mask):
+            from cogview.pipeline.masks import load_mask
+
+            load_mask(record.mask)  # a wrong box is no matter of the image
+        shared = {
+            name: value
+            for name, value in self.settings.sampling.items()
+            if "prompt" in record.row.inputs or name not in TEXT_SETTINGS
+        }
+        sampling = {**shared, **record.sampling}
         resolved_sampling = self.model.sampling(**sampling, task=task)
         resolved = ResolvedRecord(record=record, n=record.n or self.settings.n, sampling=resolved_sampling)
         if self.settings.upscale and resolved.is_ranked_task:
@@ -323,7 +345,8 @@ class JobPlan:
         if record.row.output == "ranking":
             return []
         seed = self.seed if record.seed is None else record.seed
-        key = (record.task, record.prompt, record.image, record.rows, seed, resolved.sampling)
+        changes = (record.rows, record.mask, record.share)
+        key = (record.task, record.prompt, record.image, *changes, seed, resolved.sampling)
         first, counts[key] = counts[key], counts[key] + resolved.n
         codes = self._placeholder(record)
         return [
@@ -331,8 +354,9 @@ class JobPlan:
                 prompt=record.prompt or "",
                 seed=seed,
                 index=index,
-                task=record.row.weights,
+                task=record.task,
                 codes=codes,
+                strength=record.share,
                 sampling=resolved.sampling,
             )
             for index in range(first, first + resolved.n)
@@ -354,7 +378,8 @@ class JobPlan:
             return self.model.config.caption_positions
         if row.output == "ranking":
             return len(self.model.tokenize([item.record.prompt or ""])[0].ids) * item.size
-        each = round(row.output_scale * self.grid) ** 2 - (item.record.rows or 0) * self.grid
+        blanks = round(row.output_scale * self.grid) ** 2 - (item.record.rows or 0) * self.grid
+        each = round(item.record.share * blanks)
         upscaled = (2 * self.grid) ** 2 * len(item.upscaled)
         return (each * len(item.requests) + upscaled) // len(item.names)
 
@@ -364,6 +389,8 @@ class JobPlan:
 
     def _check_ranking(self, record: JobRecord) -> None:
         """Raise InputError if a record sets a score that is unknown, of no use, or beyond the model."""
+        if record.rank_by is not None and record.row.output == "image" and not record.row.is_described:
+            raise InputError(f"rank_by {record.rank_by} needs a prompt that describes the images of {record.task}")
         if self.settings.keep is not None or record.row.output == "ranking":
             self.model.require_ranking(self.rule_of(record))
         elif record.rank_by is not None:
@@ -372,49 +399,3 @@ class JobPlan:
     def is_ranked(self, resolved: ResolvedRecord) -> bool:
         """Return whether only the best images of a record are kept."""
         return self.settings.keep is not None and resolved.is_ranked_task
-
-
-def _stem(record: JobRecord) -> str:
-    """Return the start of the file names of a record's images."""
-    from cogview.image_io.png import safe_name
-
-    if record.id is not None:
-        return safe_name(record.id)
-    if record.image is None:
-        return safe_name(record.prompt or "")
-    return f"{safe_name(record.image.stem)}-{'up' if record.rows is None else f'rows{record.rows}'}"
-
-
-def _unused_name(stem: str, ending: str, taken: set[str]) -> str:
-    """Return a name that is not in ``taken``, and add it; case is ignored, as some file systems do."""
-    name, number = f"{stem}{ending}", 1
-    while name.casefold() in taken:
-        number += 1
-        name = f"{stem}_{number}{ending}"
-    taken.add(name.casefold())
-    return name
-
-
-def result_problem(facts: Mapping[str, Any], output: str, folder: Path) -> str | None:
-    """Return why a recorded result cannot be used, or None if it can.
-
-    Args:
-        facts: What the journal records of the result.
-        output: What comes out of its task: an image, a text or a ranking.
-        folder: The output folder, with links resolved. A file counts only inside it, wherever links lead.
-    """
-    key, kind = {"image": ("path", str), "text": ("text", str), "ranking": ("images", list)}[output]
-    value = facts.get(key)
-    if not isinstance(value, kind):
-        return f'its record has no "{key}"'
-    if output != "image":
-        return None
-    try:
-        file = (folder / value).resolve()
-        if Path(value).is_absolute() or not file.is_relative_to(folder):
-            return f"its file {shorten(value, SHOWN)} is no path inside the output folder"
-        if not file.is_file():
-            return f"its file {shorten(value, SHOWN)} does not exist"
-        return None if file.stat().st_size else f"its file {shorten(value, SHOWN)} is empty"
-    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, a name that is too long
-        return f"its file {shorten(value, SHOWN)} cannot be read: {error}"

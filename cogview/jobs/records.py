@@ -15,7 +15,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from cogview.errors import InputError
 from cogview.formatting import shorten
-from cogview.limits import MAX_RESULTS
+from cogview.image_io.masks import is_box
+from cogview.limits import DEFAULT_KEEP, MAX_RESULTS
 from cogview.tables import (
     SHOWN,
     HeaderError,
@@ -39,6 +40,9 @@ class JobRecord:
         number: Number of its first line in the file, from 1.
         image: Path of the given image, relative to the current folder.
         images: Paths of the images to rank, likewise.
+        mask: Part of the image that may change: the path of a mask, likewise, or a box ``x,y,w,h`` in pixels.
+        strength: Share of the codes in the mask that may change.
+        keep: Share of the codes that a variation keeps.
         sampling: Values of ``Sampling`` that the line sets, by name.
 
     Raises:
@@ -52,6 +56,9 @@ class JobRecord:
     image: Path | None = None
     images: tuple[Path, ...] | None = None
     rows: int | None = None
+    mask: str | None = None
+    strength: float | None = None
+    keep: float | None = None
     n: int | None = None
     rank_by: str | None = None
     seed: int | None = None
@@ -61,15 +68,18 @@ class JobRecord:
         tasks = job_tasks()
         if self.task not in tasks:
             raise ValueError(f'the task "{self.task}" is unknown; known: {", ".join(tasks)}')
-        needed = tasks[self.task].inputs
+        row = tasks[self.task]
+        needed = row.inputs
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f"the task {self.task} needs {' and '.join(missing)}")
         # Otherwise a line without its task would silently generate something else.
-        for key in ("image", "images", "rows"):
-            if getattr(self, key) is not None and key not in needed:
-                users = ", ".join(name for name, task in tasks.items() if key in task.inputs)
+        for key in ("image", "images", "rows", "mask", "strength", "keep"):
+            if getattr(self, key) is not None and key not in needed + row.options:
+                users = ", ".join(name for name, task in tasks.items() if key in task.inputs + task.options)
                 raise ValueError(f"{key} means nothing for the task {self.task}; it belongs to: {users}")
-        if tasks[self.task].output == "ranking":
+        if self.prompt is not None and row.output == "image" and "prompt" not in needed:
+            raise ValueError(f"prompt means nothing for the task {self.task}, which has no text")
+        if row.output == "ranking":
             given = [key for key in ("n", "seed") if getattr(self, key) is not None] + list(self.sampling)
             if given:
                 raise ValueError(f"{' and '.join(given)} cannot be set for the task {self.task}, which samples nothing")
@@ -77,6 +87,10 @@ class JobRecord:
             raise ValueError(f"n must be from 1 to {MAX_RESULTS}, got {self.n}")
         if self.rows is not None and self.rows < 0:
             raise ValueError(f"rows must be at least 0, got {self.rows}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], got {self.strength:g}")
+        if self.keep is not None and not 0 <= self.keep <= 1:
+            raise ValueError(f"keep must be in [0, 1], got {self.keep:g}")
         if self.sampling or self.seed is not None:
             from cogview.generation.sampling import MAX_SEED
             from cogview.modeling.config import Sampling
@@ -89,6 +103,13 @@ class JobRecord:
     def key(self) -> str:
         """The id, or else ``line NUMBER``; unique among the records of ``read_job``."""
         return self.id or f"line {self.number}"
+
+    @property
+    def share(self) -> float:
+        """Share of the codes that change, of those that may: ``strength`` of a request."""
+        if self.task == "vary":
+            return 1 - (DEFAULT_KEEP if self.keep is None else self.keep)
+        return 1.0 if self.strength is None else self.strength
 
     @property
     def row(self) -> Task:
@@ -200,6 +221,8 @@ def digest(records: Sequence[JobRecord], source: str) -> str:
         values = {key: value for key, value in (values | dict(record.sampling)).items() if value is not None}
         if record.image is not None:
             values["image"] = os.path.relpath(record.image, _folder(source))
+        if record.mask is not None and not is_box(record.mask):
+            values["mask"] = os.path.relpath(record.mask, _folder(source))
         if record.images is not None:
             values["images"] = [os.path.relpath(image, _folder(source)) for image in record.images]
         plain.append(values)
@@ -252,6 +275,8 @@ def _build_record(number: int, found: Mapping[str, Any], folder: Path) -> JobRec
             target = values if key in own else sampling
             if key == "images":
                 converted = tuple(folder / image for image in converted)
+            if key == "mask" and not is_box(converted):
+                converted = str(folder / converted)
             target[key] = folder / converted if key == "image" else converted
     task = job_tasks().get(values.get("task", JobRecord.task))
     if isinstance(found.get("prompt"), str) and "prompt" not in values and task is not None and "prompt" in task.inputs:

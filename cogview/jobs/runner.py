@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.errors import InputError
+from cogview.jobs.job_images import JobImages
 from cogview.jobs.journal import JobJournal
 from cogview.jobs.locks import JobLocks, run_chunks
 from cogview.jobs.observer import JobObserver, JobReport
 from cogview.jobs.plan import JobPlan, WorkItem
 from cogview.jobs.records import JobRecord
+from cogview.jobs.result_files import result_metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +45,7 @@ class JobRunner:
         self.plan = plan
         self.model = plan.model
         self._observer = observer or JobObserver()
-        self._unread: dict[tuple[Path, str], str] = {}  # reasons of the images that cannot be read for a task
-        self._noted: set[Path] = set()
+        self._images = JobImages(plan.model, self._observer)
         self._noted_prompts: set[str] = set()
 
     def prepare(self, journal: JobJournal) -> dict[str, int]:
@@ -72,9 +73,9 @@ class JobRunner:
             names = [name for name in item.names if name in missing]
             task, record = item.record.row.weights, item.record
             reason = None
-            for path in item.given_images if names else ():
+            for path in item.given_files if names else ():
                 if (path, task) not in found and not path.resolve().is_relative_to(output):
-                    found[path, task] = self._header_problem(path, task)
+                    found[path, task] = self._images.header_problem(path, task)
                 reason = reason or found.get((path, task))
             if reason is None or record.row.output == "ranking":  # which ranks the other images
                 continue
@@ -123,7 +124,7 @@ class JobRunner:
         from cogview.image_io.png import SAMPLING_KEYS, read_metadata, save_png, sheet_metadata
         from cogview.image_io.reading import read_image
 
-        names = [name for item in self.plan.items() if item.resolved.is_ranked_task for name in item.ids]
+        names = [name for item in self.plan.items() if item.resolved.is_on_sheet for name in item.ids]
         paths = [self.plan.settings.output / journal.done[name]["path"] for name in names if name in journal.done]
         if not paths:
             return None
@@ -139,39 +140,6 @@ class JobRunner:
             key: str(value) for key, value in settings.sampling.items()
         }
         return save_png(settings.output / f"grid-seed{self.plan.seed}.png", sheet, texts)
-
-    def _header_problem(self, path: Path, task: str) -> str | None:
-        """Return why an image cannot be used, as far as its header shows; None if it can."""
-        from cogview.image_io.reading import open_image
-
-        try:
-            with open_image(path) as image:
-                problem = self.model.enlargement_problem(image, task=task)
-        except InputError as error:
-            return str(error)
-        return None if problem is None else f"image {path}: {problem}"
-
-    def _read(self, path: Path, task: str) -> Image.Image | None:
-        """Read an image and fit it to the size that ``task`` is given; None, with a reason kept, if that fails."""
-        from cogview.image_io.reading import read_image
-        from cogview.pipeline.captioning import NOTED
-
-        notes: list[str] = []
-        try:
-            image = read_image(path, notes.append)
-            if (problem := self.model.enlargement_problem(image, task=task)) is not None:
-                raise InputError(f"image {path}: {problem}")
-            image, note = self.model.fit_image(image, task=task)
-        except InputError as error:
-            self._unread[path, task] = str(error)
-            return None
-        image.info[NOTED] = True
-        if path not in self._noted:
-            self._noted.add(path)
-            for line in (*notes, note, self.model.image_warning(image, task=task)):
-                if line is not None:
-                    self._observer.noted(f"{path}: {line}")
-        return image
 
     def _fail(
         self,
@@ -199,33 +167,32 @@ class JobRunner:
                 self._observer.noted("further notes on prompts are left out" if full else warning)
                 self._noted_prompts.add(prompt)
 
-    def _encode(self, images: Mapping[JobRecord, Image.Image]) -> dict[JobRecord, np.ndarray]:
-        """Return the codes of images, those of one size together."""
-        codes: dict[JobRecord, np.ndarray] = {}
-        for size in dict.fromkeys(image.size for image in images.values()):
-            records = [record for record, image in images.items() if image.size == size]
-            task = records[0].row.weights
-            encoded = self.model.encode_images([images[record] for record in records], task=task)
-            codes |= zip(records, encoded, strict=True)
-        return codes
-
     def _read_images(
         self, chunk: Sequence[WorkItem], missing: set[str], journal: JobJournal
-    ) -> tuple[list[WorkItem], dict[JobRecord, Image.Image]]:
-        """Return the items of a chunk that can be decoded, and their images; record the errors of the others."""
+    ) -> tuple[list[WorkItem], dict[JobRecord, Image.Image], dict[JobRecord, np.ndarray]]:
+        """Return the items of a chunk that can be decoded, their images and masks; record the errors of the others."""
         with_image = dict.fromkeys(item.record for item in chunk if item.record.image is not None)
-        images = {
-            record: image
-            for record in with_image
-            if record.image is not None and (image := self._read(record.image, record.row.weights)) is not None
-        }
+        images: dict[JobRecord, Image.Image] = {}
+        masks: dict[JobRecord, np.ndarray] = {}
+        reasons: dict[JobRecord, str] = {}
+        for record in with_image:
+            assert record.image is not None
+            if (image := self._images.read(record.image, record.row.weights)) is None:
+                reasons[record] = self._images.unread[record.image, record.row.weights]
+                continue
+            try:
+                masks |= self._images.fit_mask(record)
+            except InputError as error:
+                reasons[record] = str(error)
+            else:
+                images[record] = image
         reported: set[JobRecord] = set()
         for item in chunk:
-            if item.record in with_image and item.record not in images:
-                reason = self._unread[item.given_images[0], item.record.row.weights]
-                self._fail(item.record, [name for name in item.names if name in missing], reason, journal, reported)
-        can_run = [item for item in chunk if item.requests and (item.record in images or item.record not in with_image)]
-        return can_run, images
+            if item.record in reasons:
+                names = [name for name in item.names if name in missing]
+                self._fail(item.record, names, reasons[item.record], journal, reported)
+        can_run = [item for item in chunk if item.requests and item.record not in reasons]
+        return can_run, images, masks
 
     def _run_chunk(self, chunk: Sequence[WorkItem], missing: set[str], journal: JobJournal) -> None:
         """Generate a whole chunk, so that batches are always the same, and save the results in ``missing``."""
@@ -234,14 +201,17 @@ class JobRunner:
         for item in chunk:
             if item.record.row.output == "ranking" and not missing.isdisjoint(item.names):
                 self._rank(item, journal)
-        chunk, images = self._read_images(chunk, missing, journal)
+        chunk, images, masks = self._read_images(chunk, missing, journal)
         if not any(name in missing for item in chunk for name in item.names):
             return
-        self._note_prompts(item.record.prompt for item in chunk if not missing.isdisjoint(item.names))
-        given = self._encode(images)
+        asked = [item.record for item in chunk if not missing.isdisjoint(item.names)]
+        self._note_prompts(record.prompt for record in asked if record.row.is_described)
+        given = self._images.encode(images)
         requests = {
             item: [
-                replace(request, codes=given[item.record][: item.record.rows]) if item.record in given else request
+                replace(request, codes=given[item.record][: item.record.rows], mask=masks.get(item.record))
+                if item.record in given
+                else request
                 for request in item.requests
             ]
             for item in chunk
@@ -250,7 +220,7 @@ class JobRunner:
             {
                 request: path
                 for item, group in requests.items()
-                if item.resolved.is_ranked_task
+                if item.resolved.is_on_sheet
                 for request, path in zip(group, item.paths, strict=True)
             }
         )
@@ -293,8 +263,10 @@ class JobRunner:
         from cogview.pipeline.results import Ranking
 
         record, prompt, task, paths = item.record, item.record.prompt or "", item.record.row.weights, item.given_images
-        images = {index: image for index, path in enumerate(paths) if (image := self._read(path, task)) is not None}
-        errors = [None if index in images else self._unread[path, task] for index, path in enumerate(paths)]
+        images = {
+            index: image for index, path in enumerate(paths) if (image := self._images.read(path, task)) is not None
+        }
+        errors = [None if index in images else self._images.unread[path, task] for index, path in enumerate(paths)]
         unread = [error for error in errors if error is not None]
         reason = f"{len(unread)} of {len(paths)} images cannot be read; the first: {unread[0]}" if unread else ""
         if not images:
@@ -347,7 +319,7 @@ class JobRunner:
         for each, large in zip(small, results, strict=True):
             if each.name in missing:
                 source = each.path.relative_to(self.plan.settings.output)
-                record = replace(each.item.record, task="upscale", image=source, rows=None)
+                record = replace(each.item.record, task="upscale", image=source, rows=None, mask=None, strength=None)
                 path = each.path.with_name(f"{each.path.stem}-up.png")
                 small_facts = source_metadata(each.image, each.item.record.task)
                 self._save(each.name, record, large, path, journal, metadata=small_facts)
@@ -393,7 +365,7 @@ class JobRunner:
             if name in journal.outcomes.lost and path.is_file() and not path.stat().st_size:
                 path.unlink()  # what a power cut has left
             ranked = {} if rank is None else {"rank": str(rank)}
-            texts = self.model.file_metadata(result) | _metadata(record) | ranked | dict(metadata or {})
+            texts = self.model.file_metadata(result) | result_metadata(record) | ranked | dict(metadata or {})
             path = save_png(path, result, texts)
             score = None if result.score is None else result.score.log_probability
             self._observer.saved(path, score, {"id": name, **facts, "rank": rank})
@@ -401,11 +373,3 @@ class JobRunner:
             if score is not None:
                 facts |= {"score": score, "ranked_by": result.score.ranked_by, "rank": rank}
         journal.record(name, **facts, log_probability=result.log_probability)
-
-
-def _metadata(record: JobRecord) -> dict[str, str]:
-    """Return the text chunks that the commands of the tasks add to those of every image."""
-    if record.image is None:
-        return {}
-    metadata = {"task": record.task, "source": record.image.name}
-    return metadata if record.rows is None else metadata | {"rows": str(record.rows)}

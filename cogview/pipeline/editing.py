@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogview.errors import InputError
+from cogview.limits import DEFAULT_KEEP
 from cogview.modeling.config import Sampling
 from cogview.pipeline.inputs import (
     ImageLike,
@@ -147,7 +148,7 @@ class EditingModel(RunningModel):
         self,
         images: ImagesLike,
         *,
-        keep: float = 0.5,
+        keep: float = DEFAULT_KEEP,
         n: int = 4,
         seed: SeedsLike = None,
         sampling: Sampling | None = None,
@@ -206,6 +207,7 @@ class EditingModel(RunningModel):
             InputError: If the mask has another size than the image, or covers no code of it.
 
         Examples:
+            >>> from cogview.pipeline.masks import load_mask
             >>> model.fit_mask(load_mask("8,0,9,1"), (64, 64))[0].tolist()
             [False, True, True, False, False, False, False, False]
         """

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cogview.errors import InputError
 from cogview.generation.sampling import noise_keys
-from cogview.image_io.masks import masked_codes, painted_pixels, read_mask
+from cogview.image_io.masks import is_box, masked_codes, painted_pixels, read_mask
 from cogview.image_io.reading import FitRule
 from cogview.pipeline.inputs import describe
 
@@ -25,7 +25,6 @@ MASK_FORMS = "an image, a bool array (H, W) or (G, G), or a box x,y,w,h in pixel
 Box: TypeAlias = tuple[int, int, int, int]  # left, top, width and height in pixels
 MaskLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.bool_] | torch.Tensor | Box
 
-_NUMBERS = re.compile(r"[\s\d.+-]*(,[\s\d.+-]*)+")
 _BOX = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*")
 
 
@@ -99,7 +98,7 @@ def load_mask(mask: MaskLike, name: str = "mask") -> Mask:
     Raises:
         InputError: If it cannot be read, or is none of these.
     """
-    if isinstance(mask, str) and not Path(mask).exists() and _NUMBERS.fullmatch(mask):
+    if isinstance(mask, str) and not Path(mask).exists() and is_box(mask):
         found = _BOX.fullmatch(mask)
         box = tuple(map(int, found.groups())) if found else None
         if box is None or not (box[2] and box[3]):

@@ -110,8 +110,8 @@ WRONG_OBJECTS = [
     ('{"promt": "狗"}', '"promt" is unknown; did you mean "prompt"?'),
     (
         '{"狗": 1}',
-        '"狗" is unknown; known: id, prompt, task, image, images, rows, n, rank_by, seed, temperature, top_k, top_p, '
-        "min_p, guidance, text_attention, noise_version",
+        '"狗" is unknown; known: id, prompt, task, image, images, rows, mask, strength, keep, n, rank_by, seed, '
+        "temperature, top_k, top_p, min_p, guidance, text_attention, noise_version",
     ),
     ('{"prompt": "狗", "n": 2.5}', "n: expected a whole number, got 2.5"),
     ('{"prompt": "狗", "n": true}', "n: expected a whole number, got true"),
@@ -126,9 +126,26 @@ WRONG_OBJECTS = [
     ('{"task": "caption"}', "the task caption needs image"),
     (
         '{"prompt": "狗", "image": "狗.png"}',
-        "image means nothing for the task generate; it belongs to: complete, caption, upscale",
+        "image means nothing for the task generate; it belongs to: complete, caption, upscale, edit, fill, vary",
     ),
-    ('{"prompt": "狗", "task": "画"}', 'the task "画" is unknown; known: generate, complete, caption, upscale, rerank'),
+    ('{"prompt": "狗", "mask": "0,0,8,8"}', "mask means nothing for the task generate; it belongs to: edit, fill"),
+    ('{"task": "edit", "image": "a.png"}', "the task edit needs prompt"),
+    ('{"task": "fill", "image": "a.png", "prompt": "狗"}', "the task fill needs mask"),
+    ('{"task": "vary", "image": "a.png", "prompt": "狗"}', "prompt means nothing for the task vary, which has no text"),
+    ('{"task": "vary", "image": "a.png", "keep": 1.5}', "keep must be in [0, 1], got 1.5"),
+    (
+        '{"task": "vary", "image": "a.png", "strength": 1}',
+        "strength means nothing for the task vary; it belongs to: ",
+    ),
+    ('{"task": "edit", "image": "a.png", "prompt": "狗", "strength": 0}', "strength must be in (0, 1], got 0"),
+    (
+        '{"task": "edit", "image": "a.png", "prompt": "狗", "mask": [0, 8]}',
+        "mask: expected text, got [0, 8]",
+    ),
+    (
+        '{"prompt": "狗", "task": "画"}',
+        'the task "画" is unknown; known: generate, complete, caption, upscale, edit, fill, vary, rerank',
+    ),
     ('{"prompt": "狗", "task": "rerank"}', "the task rerank needs images"),
     ('{"prompt": "狗", "task": "rerank", "images": "a.png"}', 'images: expected a list of texts, got "a.png"'),
     ('{"prompt": "狗", "task": "rerank", "images": []}', "images: expected a list of texts, got []"),

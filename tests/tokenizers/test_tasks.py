@@ -3,16 +3,15 @@
 import pytest
 
 from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.store_tasks import feeds, tasks_of_store
 from cogview.tokenizers.tasks import (
     TASKS,
     Task,
     commands_of,
-    feeds,
     job_tasks,
     planned_tasks,
     register_task,
     registered,
-    tasks_of_store,
     trained_tasks,
 )
 

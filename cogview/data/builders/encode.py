@@ -21,7 +21,8 @@ from cogview.data.store import NAMES_FIELD, NO_TOKEN, TEXT_FIELD, StoreHeader
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
 from cogview.signals import worker_init
-from cogview.tokenizers.tasks import INSTRUCTION_FIELD, SOURCE_FIELD, tasks_of_store
+from cogview.tokenizers.store_tasks import tasks_of_store
+from cogview.tokenizers.tasks import INSTRUCTION_FIELD, SOURCE_FIELD
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.codec import ImageTokenizer, codebook_sha256, to_float
 from cogview.vqvae.ranges import BATCH, WORKERS, check_ranges
