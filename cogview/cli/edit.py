@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from cogview.cli.image_tasks import ImageTaskOptions, MaskOption, edit_images, image_task_options, mask_option
 from cogview.cli.inputs import IMAGES_HELP, ImageReader
-from cogview.cli.options import Command, SessionOptions, argument, session_options
+from cogview.cli.options import MODEL_DEFAULT, Command, SessionOptions, argument, session_options
 from cogview.cli.session import GenerationSession
 from cogview.errors import InputError
 
@@ -24,6 +25,13 @@ from cogview.errors import InputError
     metavar="SHARE",
     help="share of the codes that may change; the others are kept, and lower shares keep these as well",
 )
+@click.option(
+    "--image-guidance",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    show_default=MODEL_DEFAULT,
+    help="scale of the guidance by the image; 1 disables, and other values need weights trained with source dropout",
+)
 @image_task_options(1)
 @session_options("images", "IMAGE, instruction and number of the image")
 def command(
@@ -31,6 +39,7 @@ def command(
     instruction: str,
     mask: str | None,
     strength: float,
+    image_guidance: float | None,
     options: ImageTaskOptions,
     session: SessionOptions,
 ) -> int:
@@ -44,6 +53,8 @@ def command(
     from cogview.image_io.png import prepared_folder
     from cogview.pipeline.editing import EMPTY_INSTRUCTION
 
+    if image_guidance is not None:
+        session = replace(session, settings={**session.settings, "image_guidance": image_guidance})
     if not instruction.strip():
         raise InputError(EMPTY_INSTRUCTION)
     if Path(instruction).exists():

@@ -169,7 +169,7 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
             request=request, path=options.output / f"{safe_name(prompt)}-seed{request.seed}-{request.index}.png"
         )
         for prompt in good
-        for request in session.requests(prompt, options.n, options.negative)
+        for request in session.requests(prompt, options.n, negative=options.negative)
     ]
     generated = session.generate([outputs], "generating", len(outputs), session.grid**2)
     if options.keep is not None:

@@ -58,6 +58,17 @@ def test_edit_writes_what_python_returns(run, save_image, edit_model):
     assert err == f"{edit_model.name} on cpu, float32 (no GPU is used), seed 7\nediting 2 images\n"
 
 
+def test_edit_is_guided_by_image_and_text(run, save_image, edit_model):
+    """With a mask, whose outside is kept; the metadata name both scales."""
+    image = save_image("a.png")
+    scales = ("--image-guidance", "1.5", "--guidance", "3")
+    _, files, _ = run("edit", "a.png", TURN, "--mask", "16,16,24,32", *SETTINGS, *scales)
+    settings = {"seed": 7, "temperature": 1.1, "top_k": 60, "image_guidance": 1.5, "guidance": 3}
+    same_images(files, edit_model.edit(image, TURN, mask="16,16,24,32", **settings))
+    texts = read_metadata(files[0])
+    assert (texts["image_guidance"], texts["guidance"]) == ("1.5", "3.0")
+
+
 def test_vary_writes_what_python_returns(run, save_image, edit_model):
     """Four variations of each image by default, and a contact sheet."""
     images = [save_image(f"{number}.png", number) for number in range(2)]
@@ -219,6 +230,7 @@ def test_weights_without_the_task_are_refused(run, save_image, no_image_is_read,
     [
         ["edit", "a.png", TURN, "--mask", "mask.png", "--strength", "0.7", "-n", "2"],
         ["edit", "a.png", "b.png", TURN, "--grid"],
+        ["edit", "a.png", TURN, "--image-guidance", "1.5", "--guidance", "3"],
         ["edit", "a.png", "--", "-" + TURN],
         ["complete", "a.png", "--mask", "0,0,40,8", "--prompt", FOX, "-n", "2", "--grid"],
         ["vary", "a.png", "--keep", "0.1", "-n", "3"],

@@ -210,6 +210,26 @@ def test_guided_edit_of_scale_one_is_the_plain_edit(edit_model, images):
     )
 
 
+@pytest.mark.parametrize("scales", [{"guidance": 3}, {"guidance": 3, "image_guidance": 1.5}, {"image_guidance": 2}])
+def test_guided_edits_keep_codes_and_are_the_same_in_any_batch(edit_model, images, changeable, scales, monkeypatch):
+    """Also with speculation; each row of the chain has the same blanks."""
+    settings = {"mask": BOX, "seed": 7, "temperature": 1.1, **scales}
+    edited = edit_model.edit(images, TURN, **settings)
+    for one, image in zip(edited, images, strict=True):
+        assert (one.codes == image.codes)[~changeable].all()
+        assert one.codes.tolist() in codes_of(edit_model.edit(image, TURN, **settings))
+    assert codes_of(edited) != codes_of(edit_model.edit(images, TURN, mask=BOX, seed=7, temperature=1.1))
+    expected = codes_of(edited)
+    monkeypatch.setattr(edit_model, "speculative", 8)
+    assert codes_of(edit_model.edit(images, TURN, batch_size=2, **settings)) == expected
+
+
+def test_image_guidance_belongs_to_edits(edit_model, images):
+    """A filled image has no rows without its source."""
+    message = "the task 'fill' has no source that could guide it: image_guidance must be 1, got 2"
+    assert input_error(edit_model.fill, images, mask=BOX, image_guidance=2) == message
+
+
 def test_source_of_another_size_is_fitted_with_its_mask(edit_model, save_image, tmp_path, caplog):
     """The mask has the size of the file, and the note is that of other images."""
     image = save_image(tmp_path / "wide.png", size=(192, 128))
