@@ -19,7 +19,7 @@ from cogview.data.phases import Phase, check_phases, check_size
 from cogview.data.sampling_order import sample_index
 from cogview.data.store import NO_TOKEN, TEXT_FIELDS, StoreHeader, TokenStore
 from cogview.errors import InputError
-from cogview.tokenizers.tasks import feeds
+from cogview.tokenizers.store_tasks import feeds
 
 # Of the samples that reach a split, sample j goes left where floor((j + 1)·w / 2^24) exceeds floor(j·w / 2^24).
 _SPLIT_BITS = 24  # j·w fits 63 bits up to sample 2^39, which is 5·10^11

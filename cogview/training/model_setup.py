@@ -28,7 +28,8 @@ from cogview.modeling.initialization import load_weights
 from cogview.modeling.lora import add_lora
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.layouts import layouts
-from cogview.tokenizers.tasks import INSTRUCTION_FIELD, TASKS, check_grid, feeds
+from cogview.tokenizers.store_tasks import feeds
+from cogview.tokenizers.tasks import INSTRUCTION_FIELD, TASKS, check_grid
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.data_loader import TrainingStores
