@@ -79,7 +79,7 @@ def decode(
     decoded = partial_sequences(np.full(len(requests), batch.ids.shape[1]))
     return [
         DecodingResult(ids=ids, log_probability=log_probability)
-        for ids, log_probability in zip(decoded, sampler.log_probability_J.tolist(), strict=True)
+        for ids, log_probability in zip(decoded, sampler.log_probabilities(), strict=True)
     ]
 
 
@@ -99,7 +99,7 @@ def _decode_sequentially(
             break
         hidden_BD = state.forward_to(column)
         for group in sampler.groups_at(column, open_JT[:, column]):
-            ids_R = group.sample(hidden_BD, sampler.keys_JT[:, column], sampler.log_probability_J)
+            ids_R = group.sample(hidden_BD, sampler.keys_JT[:, column], sampler.log_probability_JT[:, column])
             group.write_tokens(state.ids_BT, column, ids_R)
             if group.stop is not None:
                 ended = group.members[(ids_R == group.stop).cpu().numpy()]

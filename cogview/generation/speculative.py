@@ -229,7 +229,8 @@ class SpeculativeDecoder:
         # The prediction that replaces the first wrong draft is right as well.
         wrong_JW = ids_JW != drafts_JW
         right_JW = new_JW & (wrong_JW.cumsum(dim=1) - wrong_JW.long() == 0)
-        self.sampler.log_probability_J += torch.where(right_JW & sampled_JW, log_p_JW, 0.0).sum(dim=1)
+        accepted_JW = torch.where(right_JW & sampled_JW, log_p_JW, 0.0)
+        self.sampler.log_probability_JT.scatter_add_(1, columns_JW, accepted_JW)
         self.accepted_J.copy_(right_JW.sum(dim=1))
         self.next_J += self.accepted_J
         self.predicted_until_J.copy_(torch.maximum(self.predicted_until_J, columns_JW[:, -1]))

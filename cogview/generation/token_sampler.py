@@ -4,6 +4,7 @@
 # rows of a chain before its last, T columns, D width of the model, V candidate ids
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogview.device import float64_of
 from cogview.generation.guidance import BatchRows
 from cogview.generation.requests import DecodingRequest
 from cogview.generation.sampling import noise_keys, sample
@@ -27,7 +27,7 @@ class TokenSampler:
 
     Attributes:
         keys_JT: Noise keys, int64.
-        log_probability_J: Log probability of the ids sampled so far, in nats; updated by ``SamplingGroup.sample``.
+        log_probability_JT: Log probability of each id that is sampled, float32, in nats; 0 for the others.
         request_of_row: Index (B,) of the request of each row.
     """
 
@@ -54,10 +54,17 @@ class TokenSampler:
         images_J1 = torch.tensor([[request.image] for request in requests], device=device)
         positions_JT = torch.from_numpy(_noise_positions(requests, batch)).to(device)
         self.keys_JT = noise_keys(seeds_J1, images_J1, positions_JT)
-        self.log_probability_J = torch.zeros(num_requests, dtype=float64_of(device), device=device)
+        self.log_probability_JT = torch.zeros(self.keys_JT.shape, device=device)
         self._rows = rows
         self.request_of_row = np.array(rows.request_of_row)
         self._groups: dict[bytes, list[SamplingGroup]] = {}
+
+    def log_probabilities(self) -> list[float]:
+        """Return the sum of the log probabilities of each request, in nats.
+
+        It is rounded once, so it has the same bits in any batch, at any window of speculative decoding.
+        """
+        return [math.fsum(row) for row in self.log_probability_JT.tolist()]
 
     def groups_at(self, column: int, open_J: NDArray[np.bool_]) -> list[SamplingGroup]:
         """Return the groups of the requests whose blank in ``column`` is still to be sampled (``open_J``).
@@ -139,12 +146,12 @@ class SamplingGroup:
     sampling: Sampling
 
     def sample(self, hidden_BD: Tensor, keys_J: Tensor, log_probability_J: Tensor) -> Tensor:
-        """Sample the next id of every row of the group, and add its log probability in place.
+        """Sample the next id of every row of the group, and write its log probability.
 
         Args:
             hidden_BD: Last hidden state of every row of the batch.
             keys_J: Noise key of each request, int64.
-            log_probability_J: Sums of log probabilities, updated in place.
+            log_probability_J: Log probabilities of this column, updated in place.
 
         Returns:
             Ids (R,), int64.
@@ -154,9 +161,9 @@ class SamplingGroup:
         hidden_RD, keys_R = (hidden_BD, keys_J) if rows_R is None else (hidden_BD[rows_R], keys_J[rows_R])
         ids_R, log_p_R = self.sample_ids(hidden_RD, keys_R, chains_KRD)
         if rows_R is None:
-            log_probability_J += log_p_R
+            log_probability_J.copy_(log_p_R)
         else:
-            log_probability_J.index_add_(0, rows_R, log_p_R.to(log_probability_J.dtype))
+            log_probability_J[rows_R] = log_p_R
         return ids_R
 
     def sample_ids(self, hidden_RD: Tensor, keys_R: Tensor, chains_KRD: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import arguments
 import numpy as np
 import torch
 from compare_v1 import SEED, VOCABULARY, facts, make_parser, report
@@ -28,7 +29,6 @@ from long_sequences_toy import ToyTrainer, ToyTraining
 
 from cogview.benchmark.random_weights import random_transformer
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.device import DevicePlacement, choose_placement, flush_denormals
 from cogview.generation.decoding_state import DecodingState
 from cogview.generation.guidance import arrange_rows
@@ -49,24 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
     parser = make_parser(__doc__)
     parser.add_argument("--only", choices=["time", "loss"], help="one of the two comparisons")
-    parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--threads", type=arguments.count, default=1, help="(default: 1)")
     shape = parser.add_argument_group("time")
     for name, default in (("layers", 8), ("width", 512), ("heads", 8), ("window", 512), ("pivots", 256)):
-        shape.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
-    shape.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="ROWS", help="(default: 1 8)")
+        shape.add_argument(f"--{name}", type=arguments.count, default=default, help=f"(default: {default})")
+    shape.add_argument(
+        "--batches", type=arguments.count, nargs="+", default=[1, 8], metavar="ROWS", help="(default: 1 8)"
+    )
     shape.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="(default: float32 bfloat16)")
     toy = parser.add_argument_group("loss")
-    toy.add_argument("--steps", type=int, default=ToyTraining.steps, help=f"(default: {ToyTraining.steps})")
-    toy.add_argument("--toy-window", type=int, default=128, help="(default: 128)")
-    toy.add_argument("--toy-pivots", type=int, default=256, help="(default: 256)")
+    toy.add_argument("--steps", type=arguments.count, default=ToyTraining.steps, help=f"(default: {ToyTraining.steps})")
+    toy.add_argument("--toy-window", type=arguments.count, default=128, help="(default: 128)")
+    toy.add_argument("--toy-pivots", type=arguments.count, default=256, help="(default: 256)")
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args), "long_sequences.py")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparisons, and write both to --json."""
-    for name in ("repeats", "threads", "steps"):
-        require_positive(f"--{name}", getattr(args, name))
     torch.set_num_threads(args.threads)
     flush_denormals()
     found: dict[str, Any] = {}
@@ -113,7 +113,7 @@ class Subject:
         hidden_BD = self.state.forward_to(column)
         everyone_J = np.ones(len(self.sampler.requests), dtype=bool)
         for group in self.sampler.groups_at(column, everyone_J):
-            ids = group.sample(hidden_BD, self.sampler.keys_JT[:, column], self.sampler.log_probability_J)
+            ids = group.sample(hidden_BD, self.sampler.keys_JT[:, column], self.sampler.log_probability_JT[:, column])
             group.write_tokens(self.state.ids_BT, column, ids)
         return time.process_time() - started
 

@@ -7,6 +7,7 @@ import torch
 
 from cogview.generation.decode import decode
 from cogview.generation.speculative import WindowLimits, uses_cuda_graphs
+from cogview.kernels.native import expects_native_kernels
 from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
@@ -22,6 +23,24 @@ from tests.factories import (
     request_for,
     upscale_sequence,
 )
+
+
+@pytest.mark.skipif(not expects_native_kernels(torch.device("cpu"), torch.float32), reason="there is no C compiler")
+def test_log_probability_has_the_same_bits_in_any_batch_and_window(transformer):
+    """Native kernels give each position the same bits, and the sum is rounded once: the files of images are equal."""
+    transformer = copy.deepcopy(transformer)
+    transformer.prepare_cpu()
+    requests = [
+        request_for(generate_sequence(LONG), seed=1, sampling=Sampling(top_k=20)),
+        request_for(generate_sequence(SHORT), seed=2, sampling=SAMPLING),
+        request_for(upscale_sequence(SHORT, seed=1), seed=3, sampling=Sampling(top_k=0, min_p=0.1)),
+    ]
+    expected = [one.log_probability for one in decode(transformer, VOCABULARY, requests, speculative=1)]
+    for max_window in (1, 2, 5, None):
+        batched = decode(transformer, VOCABULARY, requests, speculative=max_window)
+        alone = [decode(transformer, VOCABULARY, [request], speculative=max_window)[0] for request in requests]
+        for results in (batched, alone):
+            assert [one.log_probability for one in results] == expected
 
 
 @pytest.mark.parametrize("min_speedup", [0.0, 2.0])  # keep speculating although few drafts are accepted, or stop
