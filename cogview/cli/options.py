@@ -401,9 +401,3 @@ def overrides_argument(section: str) -> Decorator:
         callback=check,
         help=f"change of a setting in the section {section} of the recipe; inner keys with dots, as in a.b=1",
     )
-
-
-def require_positive(name: str, value: int) -> None:
-    """Raise InputError unless ``value`` is at least 1."""
-    if value < 1:
-        raise InputError(f"{name} must be at least 1, got {value}")

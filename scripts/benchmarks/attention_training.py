@@ -7,11 +7,10 @@ Both sides run in turn in one process; medians of 11 runs and their ratio are pr
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 
+import arguments
 import torch
 
 from cogview.device import DTYPES
@@ -30,7 +29,7 @@ def seconds(attention, shape: tuple[int, int, int, int], dtype: torch.dtype) -> 
 
 def main() -> int:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: bfloat16)")
     dtype = DTYPES[parser.parse_args().dtype]
     print(f"{dtype}, {torch.get_num_threads()} threads; training takes the reference up to {SHORT_KEYS} keys")
@@ -45,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -10,13 +10,11 @@ and for all others (狐狸在苹果的左边).
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
+import arguments
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -36,15 +34,19 @@ CELLS = {"beside": (16, 17, 24, 35, 20, 21, 30, 38), "above": (2, 3, 11, 27, 34,
 
 def main() -> int:
     """Train once and print a line of accuracies."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, help="folder of a world, written by cogview scenes")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("world", type=arguments.folder, help="folder of a world, written by cogview scenes")
     parser.add_argument("--sinusoidal", action="store_true", help="initialize positions as sinusoids")
-    parser.add_argument("--plain-first", type=float, default=0.0, help="share of the run with plain captions only")
-    parser.add_argument("--captions", type=int, default=60_000, help="captions to train on (default: 60,000)")
-    parser.add_argument("--batch-size", type=int, default=12, help="(default: 12)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: 0.001)")
-    parser.add_argument("--width", type=int, default=128, help="(default: 128)")
-    parser.add_argument("--layers", type=int, default=3, help="(default: 3)")
+    parser.add_argument(
+        "--plain-first", type=arguments.fraction, default=0.0, help="share of the run with plain captions only"
+    )
+    parser.add_argument(
+        "--captions", type=arguments.count, default=60_000, help="captions to train on (default: 60,000)"
+    )
+    parser.add_argument("--batch-size", type=arguments.count, default=12, help="(default: 12)")
+    parser.add_argument("--learning-rate", type=arguments.positive, default=1e-3, help="(default: 0.001)")
+    parser.add_argument("--width", type=arguments.count, default=128, help="(default: 128)")
+    parser.add_argument("--layers", type=arguments.count, default=3, help="(default: 3)")
     args = parser.parse_args()
     flush_denormals()
     torch.manual_seed(0)
@@ -121,4 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -15,12 +15,12 @@ import argparse
 import csv
 import json
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import arguments
 import yaml
 from PIL import Image
 
@@ -51,13 +51,15 @@ BATCH = 24
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the data, and train and grade the arms."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of data and runs")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("folder", type=arguments.output_folder, help="folder of data and runs")
     parser.add_argument("--arm", action="append", choices=ARMS, help="may be repeated (default: all)")
-    parser.add_argument("--steps", type=int, default=1200, help="steps of an arm (default: 1200)")
-    parser.add_argument("--grade-every", type=int, default=200, help="steps between two grades (default: 200)")
-    parser.add_argument("--things", type=int, default=10, help="things of the world (default: 10)")
-    parser.add_argument("--shape", type=int, nargs=3, default=(3, 128, 4), help="layers, width and heads")
+    parser.add_argument("--steps", type=arguments.count, default=1200, help="steps of an arm (default: 1200)")
+    parser.add_argument(
+        "--grade-every", type=arguments.count, default=200, help="steps between two grades (default: 200)"
+    )
+    parser.add_argument("--things", type=arguments.count, default=10, help="things of the world (default: 10)")
+    parser.add_argument("--shape", type=arguments.count, nargs=3, default=(3, 128, 4), help="layers, width and heads")
     args = parser.parse_args(argv)
     PRESETS["boxes"] = tuple(args.shape)
     world = EmojiWorld.create(WorldSettings(things=args.things))
@@ -205,4 +207,4 @@ def run(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

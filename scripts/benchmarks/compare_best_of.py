@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import arguments
 import numpy as np
 import torch
 from compare_v1 import (
@@ -27,7 +28,6 @@ from compare_v1 import (
     VOCABULARY,
     Parts,
     add_shape_arguments,
-    check_arguments,
     describe,
     describe_placement,
     facts,
@@ -43,7 +43,7 @@ from four_billion import text_model
 
 from cogview.checkpoints.checkpoint import Model
 from cogview.cli.main import run_safely
-from cogview.cli.options import DEFAULT_MODEL, require_positive
+from cogview.cli.options import DEFAULT_MODEL
 from cogview.device import choose_placement
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
@@ -63,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check, measure and print; return the exit status."""
     parser = make_parser(__doc__)
     add_weights_arguments(parser)
-    parser.add_argument("-n", type=int, default=16, metavar="IMAGES", help="images of the prompt (default: 16)")
+    parser.add_argument(
+        "-n", type=arguments.count, default=16, metavar="IMAGES", help="images of the prompt (default: 16)"
+    )
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args, parser), "compare_best_of.py")
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the whole comparison."""
-    check_arguments(args)
-    require_positive("-n", args.n)
     exact = open_model(args, parser, "caption", "float32")
     requests = requests_of(exact, args.n)
     check_same_scores(exact, requests[:CHECKED])

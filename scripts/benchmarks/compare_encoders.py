@@ -24,16 +24,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import arguments
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.device import DTYPES, flush_denormals
 from cogview.errors import InputError
 from cogview.evaluation.manifest import Manifest, ResultValue, SeedsRecord, read_result, write_result
@@ -207,12 +206,8 @@ def run(args: argparse.Namespace) -> int:
         result = read_result(args.read)
         print_table(result.results, result.manifest.settings)
         return 0
-    for name in ("side", "batch", "repeats"):
-        require_positive(f"--{name}", getattr(args, name))
     if args.side % 16:
         raise InputError(f"--side must be a multiple of 16 pixels, got {args.side}")
-    if args.output is not None and not args.output.resolve().parent.is_dir():
-        raise InputError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
     import_diffusers()
     flush_denormals()
     torch.manual_seed(SEED)
@@ -272,15 +267,15 @@ def print_table(values: Mapping[str, ResultValue], settings: Mapping[str, Any]) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     add = parser.add_argument
     add("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help="(default: all)")
     add("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="(default: both)")
-    add("--side", type=int, default=256, metavar="PIXELS", help="side of a picture (default: 256)")
-    add("--batch", type=int, default=4, metavar="PICTURES", help="pictures at a time (default: 4)")
-    add("--repeats", type=int, default=5, metavar="COUNT", help="runs of each side (default: 5)")
-    add("--output", type=Path, metavar="FILE", help="result file to write")
-    add("--read", type=Path, metavar="FILE", help="print the table of a result file")
+    add("--side", type=arguments.count, default=256, metavar="PIXELS", help="side of a picture (default: 256)")
+    add("--batch", type=arguments.count, default=4, metavar="PICTURES", help="pictures at a time (default: 4)")
+    add("--repeats", type=arguments.count, default=5, metavar="COUNT", help="runs of each side (default: 5)")
+    add("--output", type=arguments.output_file, metavar="FILE", help="result file to write")
+    add("--read", type=arguments.file, metavar="FILE", help="print the table of a result file")
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args), "compare_encoders.py")
 

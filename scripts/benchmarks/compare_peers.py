@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import arguments
 import numpy as np
 import plain_gpt
 import torch
@@ -39,7 +40,6 @@ from compare_v1 import (
     VOCABULARY,
     Subject,
     add_shape_arguments,
-    check_arguments,
     describe,
     facts,
     make_parser,
@@ -54,7 +54,6 @@ from training_peers import gpt2_config, import_transformers
 
 from cogview.benchmark.random_weights import random_transformer
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
@@ -79,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
     parser = make_parser(__doc__)
     add_shape_arguments(parser)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="ROWS", help="(default: 1 8 32)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens to sample per row (default: 128)")
+    parser.add_argument(
+        "--batches", type=arguments.count, nargs="+", default=[1, 8, 32], metavar="ROWS", help="(default: 1 8 32)"
+    )
+    parser.add_argument("--tokens", type=arguments.count, default=128, help="tokens to sample per row (default: 128)")
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES[:3]), help="(default: float32 bfloat16 int8)"
     )
@@ -96,9 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the whole comparison."""
-    check_arguments(args)
-    for batch in args.batches:
-        require_positive("--batches", batch)
     subject, given = None, NUM_PIECES + 3
     if args.model != RANDOM:
         subject = whole_images(trained_model(args, parser, "auto", "generate"))

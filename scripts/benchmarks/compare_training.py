@@ -28,8 +28,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+import arguments
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from training_peers import CLOCKS, PLAIN_MODES, TRAINER_MODES, PlainLoop, SideLoop, TrainerLoop, import_transformers
@@ -45,7 +45,6 @@ from training_rows import (
 )
 
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.device import DTYPES, flush_denormals
 from cogview.errors import InputError
 from cogview.evaluation.manifest import Manifest, ResultValue, SeedsRecord, read_result, write_result
@@ -88,20 +87,26 @@ class OurLoop(SideLoop):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", default=["6x256", "8x512"], metavar="LAYERSxWIDTH", help="(default: 6x256 8x512)")
     add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"], help="(default: both)")
     add("--rows", nargs="+", choices=KINDS, default=list(KINDS), help="rows of the recipe, of equal length, or both")
     add("--sides", nargs="+", choices=["plain", "trainer"], default=["plain", "trainer"], help="peers (default: both)")
-    add("--batch", type=int, default=24, metavar="ROWS", help="rows of a step (default: 24, as in the recipe)")
-    add("--steps", type=int, default=6, help="steps of a run (default: 6)")
-    add("--repeats", type=int, default=5, metavar="COUNT", help="runs of each repeated mode (default: 5)")
-    add("--threads", type=int, nargs="+", metavar="COUNT", help="(default: 1 and the number of processors)")
+    add(
+        "--batch",
+        type=arguments.count,
+        default=24,
+        metavar="ROWS",
+        help="rows of a step (default: 24, as in the recipe)",
+    )
+    add("--steps", type=arguments.count, default=6, help="steps of a run (default: 6)")
+    add("--repeats", type=arguments.count, default=5, metavar="COUNT", help="runs of each repeated mode (default: 5)")
+    add("--threads", type=arguments.count, nargs="+", metavar="COUNT", help="(default: 1 and the number of processors)")
     add("--modes", default="", metavar="TEXT", help="only the modes of peers whose names have this text")
     add("--clock", choices=list(CLOCKS), default="wall", help="wall or processor time (default: wall)")
-    add("--output", type=Path, metavar="FILE", help="result file to write")
-    add("--read", type=Path, metavar="FILE", help="print the table of a result file")
+    add("--output", type=arguments.output_file, metavar="FILE", help="result file to write")
+    add("--read", type=arguments.file, metavar="FILE", help="print the table of a result file")
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args), "compare_training.py")
 
@@ -112,11 +117,7 @@ def run(args: argparse.Namespace) -> int:
         result = read_result(args.read)
         print_tables(result.results, result.manifest.settings)
         return 0
-    for name in ("batch", "steps", "repeats"):
-        require_positive(f"--{name}", getattr(args, name))
     shapes = [shape_of(text) for text in args.shapes]
-    if args.output is not None and not args.output.resolve().parent.is_dir():
-        raise InputError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
     threads = args.threads or sorted({1, os.cpu_count() or 1})
     if args.clock == "cpu" and max(threads) > 1:
         raise InputError(f"--clock cpu counts the time of all threads: give --threads 1 as well, got {threads}")

@@ -16,13 +16,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+import arguments
 import numpy as np
 import torch
 from compare_best_of import add_weights_arguments, open_model
 from compare_v1 import (
     SEED,
     Parts,
-    check_arguments,
     describe,
     describe_placement,
     facts,
@@ -35,7 +35,6 @@ from v1_algorithm import generate
 
 from cogview.checkpoints.checkpoint import load_transformer
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.modeling.config import GREEDY, Sampling
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
@@ -52,15 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check, measure and print; return the exit status."""
     parser = make_parser(__doc__)
     add_weights_arguments(parser)
-    parser.add_argument("--images", type=int, default=16, metavar="COUNT", help="(default: 16)")
+    parser.add_argument("--images", type=arguments.count, default=16, metavar="COUNT", help="(default: 16)")
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args, parser), "compare_upscale.py")
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the whole comparison."""
-    check_arguments(args)
-    require_positive("--images", args.images)
     exact = open_model(args, parser, "upscale", "float32")
     requests = [GenerationRequest(prompt=PROMPTS[i % len(PROMPTS)], seed=SEED, index=i) for i in range(args.images)]
     images = list(only_images(exact.run(requests)))

@@ -26,16 +26,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import arguments
 import numpy as np
 import torch
 from v1_algorithm import empty_memory, forward, generate, sample
 
 from cogview.checkpoints.checkpoint import load_transformer
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.device import DTYPES, DevicePlacement, choose_placement, keeps_halves
 from cogview.errors import InputError
 from cogview.files import write_json
@@ -63,8 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check, measure and print; return the exit status."""
     parser = make_parser(__doc__)
     add_shape_arguments(parser)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="IMAGES", help="(default: 1 8)")
-    parser.add_argument("--every", type=int, default=32, metavar="STEPS", help="time every STEPS-th step (default: 32)")
+    parser.add_argument(
+        "--batches", type=arguments.count, nargs="+", default=[1, 8], metavar="IMAGES", help="(default: 1 8)"
+    )
+    parser.add_argument(
+        "--every", type=arguments.count, default=32, metavar="STEPS", help="time every STEPS-th step (default: 32)"
+    )
     parser.add_argument(
         "--model",
         default=RANDOM,
@@ -78,10 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the whole comparison."""
-    check_arguments(args)
-    require_positive("--every", args.every)
-    for batch in args.batches:
-        require_positive("--batches", batch)
     subject = random_subject(args) if args.model == RANDOM else trained_subject(args, parser)
     placement, row = subject.placement, subject.row
     subject.ours.prepare_cpu()
@@ -244,22 +243,26 @@ def check_same_codes(subject: Subject) -> int:
 # Shared by all comparisons
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
+def make_parser(description: str | None) -> arguments.Parser:
     """Return a parser with the arguments of every comparison: --device, --dtype, --repeats and --json."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(description)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="(default: auto)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="COUNT", help="runs of each side (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measured time to FILE")
+    parser.add_argument(
+        "--repeats", type=arguments.count, default=5, metavar="COUNT", help="runs of each side (default: 5)"
+    )
+    parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write every measured time to FILE")
     return parser
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --layers, --width, --heads and --grid of random weights."""
     for name, default in (("layers", 8), ("width", 512), ("heads", 8)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"of random weights (default: {default})")
+        parser.add_argument(
+            f"--{name}", type=arguments.count, default=default, help=f"of random weights (default: {default})"
+        )
     parser.add_argument(
-        "--grid", type=int, default=32, choices=[8, 16, 32], help="codes per side of an image (default: 32)"
+        "--grid", type=arguments.count, default=32, choices=[8, 16, 32], help="codes per side of an image (default: 32)"
     )
 
 
@@ -276,13 +279,6 @@ def trained_model(args: argparse.Namespace, parser: argparse.ArgumentParser, dty
     for needed in tasks:
         model.require_task(needed)
     return model
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise InputError early for values that would fail after minutes of work."""
-    require_positive("--repeats", args.repeats)
-    if args.json is not None and not args.json.resolve().parent.is_dir():
-        raise InputError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
 
 
 def shape_of(args: argparse.Namespace) -> TransformerConfig:

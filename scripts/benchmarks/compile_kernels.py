@@ -9,11 +9,9 @@ threads. The exit status is 1 if a kernel does not compile.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import arguments
 import torch
 from torch import Tensor
 
@@ -32,8 +31,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="(default: 75 80 90)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument(
+        "--capability", type=arguments.count, nargs="+", default=CAPABILITIES, help="(default: 75 80 90)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="(default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="operations whose name holds this")
     args = parser.parse_args(argv)
@@ -214,4 +215,4 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,10 +140,12 @@ def difference(gradients: Path, others: Path) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all methods in turn and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="(default: float32)")
-    parser.add_argument("--runs", type=int, default=5, metavar="COUNT", help="runs of each method (default: 5)")
+    parser.add_argument(
+        "--runs", type=arguments.count, default=5, metavar="COUNT", help="runs of each method (default: 5)"
+    )
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -177,4 +180,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

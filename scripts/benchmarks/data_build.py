@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import arguments
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -46,12 +47,14 @@ FAULTS = {1: "broken", 2: "copied", 3: "without a caption"}  # by the last two d
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, build, kill, resume and compare; return 1 if something differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=20_000, help="(default: 20000)")
-    parser.add_argument("--kills", type=int, default=20, help="(default: 20)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
-    parser.add_argument("--work", type=Path, default=Path("runs/data-build"), help="(default: runs/data-build)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (default: 0)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("--pictures", type=arguments.count, default=20_000, help="(default: 20000)")
+    parser.add_argument("--kills", type=arguments.whole, default=20, help="(default: 20)")
+    parser.add_argument("--workers", type=arguments.count, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
+    parser.add_argument(
+        "--work", type=arguments.output_folder, default=Path("runs/data-build"), help="(default: runs/data-build)"
+    )
+    parser.add_argument("--seed", type=arguments.whole, default=0, help="seed of the moments of the kills (default: 0)")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "drawn").exists():
@@ -252,4 +255,4 @@ def digest_of(store: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -11,7 +11,6 @@ a row in the folder of temporary files, and are removed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import subprocess
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import arguments
 import numpy as np
 
 from cogview.cli.main import main as cogview
@@ -39,8 +39,10 @@ SAMPLES = 1_000_000  # that are read in training order
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every part for every number of rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7], help="(default: 10⁴…10⁷)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument(
+        "--rows", type=arguments.count, nargs="+", default=[10**4, 10**5, 10**6, 10**7], help="(default: 10⁴…10⁷)"
+    )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="(default: all)")
     parser.add_argument(
         "--measure", nargs=3, metavar=("PART", "ROWS", "FOLDER"), help="measure one part in this process"
@@ -169,4 +171,4 @@ def store_header(width: int, grid: int) -> StoreHeader:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -19,7 +19,6 @@ import os
 import pickle
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import arguments
 import lmdb
 import numpy as np
 import torch
@@ -54,11 +54,13 @@ ARRAY_GLOBALS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments name, both by default."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("parts", nargs="*", help="build, read; both by default")
-    parser.add_argument("--pictures", type=int, default=256, help="pictures of a build (default: 256)")
-    parser.add_argument("--rows", type=int, default=100_000, help="rows of the stores that are read (default: 100000)")
-    parser.add_argument("--repetitions", type=int, default=9, help="(default: 9)")
+    parser.add_argument("--pictures", type=arguments.count, default=256, help="pictures of a build (default: 256)")
+    parser.add_argument(
+        "--rows", type=arguments.count, default=100_000, help="rows of the stores that are read (default: 100000)"
+    )
+    parser.add_argument("--repetitions", type=arguments.count, default=9, help="(default: 9)")
     parser.add_argument("--model", default="cogview-emoji", help="(default: cogview-emoji)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -190,4 +192,4 @@ def draw(folder: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import arguments
 import numpy as np
 from PIL import Image
 
@@ -390,18 +391,26 @@ def measure_settings(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the settings, if there is a world, and print the table of the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, nargs="?", help="folder that cogview scenes made; none: measure nothing")
-    parser.add_argument("--result", type=Path, required=True, help="result file to write and to continue")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument(
+        "world", type=arguments.folder, nargs="?", help="folder that cogview scenes made; none: measure nothing"
+    )
+    parser.add_argument(
+        "--result", type=arguments.output_file, required=True, help="result file to write and to continue"
+    )
     parser.add_argument("--model", default="cogview-emoji", help="name or folder of a model (default: %(default)s)")
-    parser.add_argument("--captions", type=int, default=500, help="held-out captions (default: %(default)s)")
+    parser.add_argument(
+        "--captions", type=arguments.count, default=500, help="held-out captions (default: %(default)s)"
+    )
     parser.add_argument(
         "--setting",
         nargs="*",
         help="sampling settings as NAME=VALUE,… (default: series of temperature, top-k, top-p and min-p)",
     )
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of five prompts for each setting")
-    parser.add_argument("--plot", type=Path, help="write a PNG plot of the default settings")
+    parser.add_argument(
+        "--sheet", type=arguments.output_file, help="write a contact sheet of five prompts for each setting"
+    )
+    parser.add_argument("--plot", type=arguments.output_file, help="write a PNG plot of the default settings")
     options = parser.parse_args(argv)
     try:
         if options.world is not None:
@@ -417,4 +426,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

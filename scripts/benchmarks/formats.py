@@ -15,12 +15,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 
+import arguments
 import torch
 from compare_peers import Side, ours, prepared_transformer
-from compare_v1 import add_shape_arguments, check_arguments, describe, facts, make_parser, report, seconds_of, shape_of
+from compare_v1 import add_shape_arguments, describe, facts, make_parser, report, seconds_of, shape_of
 
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.device import choose_placement
 from cogview.modeling.config import TransformerConfig
 from cogview.planning.hardware import measure_hardware
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add_shape_arguments(parser)
     parser.set_defaults(layers=24, width=1024, heads=16)
-    parser.add_argument("--tokens", type=int, default=32, help="tokens to sample (default: 32)")
+    parser.add_argument("--tokens", type=arguments.count, default=32, help="tokens to sample (default: 32)")
     formats = ("float32", "bfloat16", "int8", "int4")
     parser.add_argument("--formats", nargs="+", choices=formats, default=list(formats), help="(default: all)")
     args = parser.parse_args(argv)
@@ -43,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the whole comparison."""
-    check_arguments(args)
-    require_positive("--tokens", args.tokens)
     config = shape_of(args)
     sides: dict[str, tuple[Side, Side]] = {}
     for name in args.formats:

@@ -16,7 +16,6 @@ image. It prints medians over the runs:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -28,6 +27,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import arguments
 
 FORMS = {
     "float16": None,
@@ -240,14 +241,14 @@ def measure(folder: Path, device: str, runs: int, tokens: int) -> int:
 
 def main() -> int:
     """Run a subcommand."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("what", choices=["make", "measure", "one"])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=arguments.output_folder)
     parser.add_argument("--preset", default="4b", help="of cogview/modeling/config.py (default: 4b)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
     parser.add_argument("--dtype", default="auto", help="of one run (default: auto)")
-    parser.add_argument("--runs", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--tokens", type=int, default=8, help="codes to time (default: 8)")
+    parser.add_argument("--runs", type=arguments.count, default=5, help="(default: 5)")
+    parser.add_argument("--tokens", type=arguments.count, default=8, help="codes to time (default: 8)")
     args = parser.parse_args()
     if args.what == "make":
         return make(args.folder, args.preset)
@@ -257,4 +258,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -9,7 +9,6 @@ process goes on from a checkpoint of two, by another stage.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import arguments
 from four_billion import text_model
 
 ROOT = Path(__file__).parents[2]
@@ -134,10 +134,10 @@ def train(folder: Path, work: Path, processes: int, stage: int, steps: int) -> N
     )
 
 
-def main() -> None:
+def main() -> int:
     """Write the inputs and train with each stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("folder", type=arguments.output_folder)
     args = parser.parse_args()
     folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,8 @@ def main() -> None:
         shutil.rmtree(folder / f"zero{stage}", ignore_errors=True)
         train(folder, folder / f"zero{stage}", 2, stage, STEPS)
     train(folder, folder / "zero2", 1, 1, 2 * STEPS)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run_script(main)

@@ -17,7 +17,6 @@ Renamed keys of JSON files and renamed tensors are translated to their former na
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import arguments
 import numpy as np
 from frozen_inputs import CPU, MODEL, PROMPTS, SEEDS, write_v1_datasets
 from frozen_values import compare, file_hash, former, image_of, read_checkpoint, read_metrics, read_run, read_store
@@ -481,10 +481,12 @@ def chosen(only: str | None, portable: bool) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or compare; status 1 where an item differs or fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--write", type=Path, metavar="FILE.json", help="record into this file")
-    action.add_argument("--compare", type=Path, metavar="FILE.json", help="compare with what --write recorded")
+    action.add_argument("--write", type=arguments.output_file, metavar="FILE.json", help="record into this file")
+    action.add_argument(
+        "--compare", type=arguments.file, metavar="FILE.json", help="compare with what --write recorded"
+    )
     action.add_argument("--list", action="store_true", help="print the items and their kinds")
     parser.add_argument("--only", metavar="NAME,…", help="only items whose names begin with one of these")
     parser.add_argument("--portable", action="store_true", help="only items that are equal on every machine")
@@ -528,4 +530,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -335,14 +336,18 @@ def run_all(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs that are missing, and print a line for each fault."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, metavar="RESULT", help="result file to write or to continue")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument(
+        "result", type=arguments.output_file, metavar="RESULT", help="result file to write or to continue"
+    )
     parser.add_argument("--read", action="store_true", help="only print the table of the result file")
     parser.add_argument("--model", default="cogview-emoji", help="name or folder (default: %(default)s)")
     parser.add_argument("--recipe", type=Path, default=Path("emoji-cpu"), help="recipe of its world")
-    parser.add_argument("--runs", type=int, default=20, help="runs of each fault (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=500, help="captions of a run (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)")
+    parser.add_argument("--runs", type=arguments.count, default=20, help="runs of each fault (default: %(default)s)")
+    parser.add_argument("--prompts", type=arguments.count, default=500, help="captions of a run (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=arguments.count, default=64, help="images in a batch (default: %(default)s)"
+    )
     parser.add_argument("--fault", nargs="*", choices=list(FAULTS), default=list(FAULTS), help="faults (default: all)")
     options = parser.parse_args(argv)
     try:
@@ -356,4 +361,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -8,7 +8,6 @@ same command of another checkout runs in turn. Python writes compiled modules, a
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import arguments
 import torch
 
 from cogview.evaluation.manifest import Manifest, ResultValue, hash_prompts, write_result
@@ -42,12 +42,12 @@ def measure(command: list[str], folder: str, checkout: Path) -> tuple[float, flo
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("prompt", nargs="?", default="蓝色背景上的三只狐狸")
-    parser.add_argument("-n", type=int, default=4, help="images (default: 4)")
-    parser.add_argument("--runs", type=int, default=5, help="counted runs (default: 5)")
-    parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="another version to run in turn")
-    parser.add_argument("--result", type=Path, metavar="FILE", help="write a result file")
+    parser.add_argument("-n", type=arguments.count, default=4, help="images (default: 4)")
+    parser.add_argument("--runs", type=arguments.count, default=5, help="counted runs (default: 5)")
+    parser.add_argument("--old", type=arguments.folder, metavar="CHECKOUT", help="another version to run in turn")
+    parser.add_argument("--result", type=arguments.output_file, metavar="FILE", help="write a result file")
     args = parser.parse_args()
     command = [sys.executable, "-m", "cogview", "generate", args.prompt, "-n", str(args.n), "--seed", "7"]
     checkouts = {"now": ROOT} if args.old is None else {"old": args.old.resolve(), "now": ROOT}
@@ -81,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -11,16 +11,14 @@ interpreted (TRITON_INTERPRET=1), shapes are tiny and times mean nothing: that o
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,11 +54,11 @@ class Case:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
     parser.add_argument("--only", default="", metavar="TEXT", help="operations whose name holds this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics to FILE")
+    parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help="write all metrics to FILE")
     args = parser.parse_args(argv)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -375,4 +373,4 @@ def flexible(length: int, device: torch.device) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

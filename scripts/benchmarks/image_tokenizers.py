@@ -21,7 +21,6 @@ one that was stopped.
 # B batch, N vectors, D width of a code, K number of codes
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -30,11 +29,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import arguments
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogview.cli.main import run_safely
 from cogview.config_io import to_mapping
 from cogview.data.picture_images import PictureImages
 from cogview.device import flush_denormals
@@ -173,19 +172,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("pictures", nargs="+", type=Path, help="pictures, folders or other sources of pictures")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=300, help="steps of each training (default 300)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures of a step (default 8)")
-    parser.add_argument("--channels", type=int, default=512, help="channels of v1's networks (default 512)")
-    parser.add_argument("--side", type=int, default=64, help="side of the images in pixels (default 64)")
-    parser.add_argument("--scales", type=int, nargs="+", default=[1, 2], help="scales of the crops (default 1 2)")
+    parser.add_argument(
+        "-o", "--output", type=arguments.output_folder, required=True, metavar="FOLDER", help="folder of the runs"
+    )
+    parser.add_argument("--steps", type=arguments.count, default=300, help="steps of each training (default 300)")
+    parser.add_argument("--batch-size", type=arguments.count, default=8, help="pictures of a step (default 8)")
+    parser.add_argument("--channels", type=arguments.count, default=512, help="channels of v1's networks (default 512)")
+    parser.add_argument("--side", type=arguments.count, default=64, help="side of the images in pixels (default 64)")
+    parser.add_argument(
+        "--scales", type=arguments.count, nargs="+", default=[1, 2], help="scales of the crops (default 1 2)"
+    )
     parser.add_argument("--fit", default="crop", choices=["crop", "pad", "stretch"], help="how pictures become squares")
-    parser.add_argument("--held-out", type=float, default=0.15, help="share of held-out pictures (default 0.15)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
-    parser.add_argument("--warmup-steps", type=int, help="steps of the warm-up (default a fifth, at most 300)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and crops (default 0)")
+    parser.add_argument(
+        "--held-out", type=arguments.fraction, default=0.15, help="share of held-out pictures (default 0.15)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=arguments.positive, default=1e-3, help="peak learning rate (default 1e-3)"
+    )
+    parser.add_argument(
+        "--warmup-steps", type=arguments.count, help="steps of the warm-up (default a fifth, at most 300)"
+    )
+    parser.add_argument("--seed", type=arguments.whole, default=0, help="seed of weights, order and crops (default 0)")
     parser.add_argument("--rows", nargs="+", choices=NAMES, default=list(NAMES), help="trainings (default all)")
     options = parser.parse_args(argv)
     flush_denormals()
@@ -229,4 +238,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_safely(main, "image_tokenizers"))
+    arguments.run_script(main)

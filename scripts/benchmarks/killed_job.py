@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import arguments
+
 THINGS = ("狐狸", "红苹果", "足球", "猫", "企鹅", "汽车", "蛋糕", "狗")
 COLOURS = ("蓝色", "黄色", "紫色", "绿色", "粉色")
 NUMBERS = ("一", "两", "三", "四")
@@ -27,11 +29,11 @@ NUMBERS = ("一", "两", "三", "四")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, kill, resume and compare; return 1 if the files differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=1000, help="(default: 1000)")
-    parser.add_argument("--kills", type=int, default=5, help="(default: 5)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("--prompts", type=arguments.count, default=1000, help="(default: 1000)")
+    parser.add_argument("--kills", type=arguments.whole, default=5, help="(default: 5)")
     parser.add_argument("--model", default="cogview-emoji", help="(default: cogview-emoji)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills (default: 0)")
+    parser.add_argument("--seed", type=arguments.whole, default=0, help="seed of the times of the kills (default: 0)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         return compare(Path(folder), args)
@@ -107,4 +109,4 @@ def watch(process: subprocess.Popen[bytes], folder: Path) -> list[tuple[int, int
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -8,12 +8,11 @@ The borders MANY_ROWS_… of ``kernels/linear.py`` were read off this table.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 
+import arguments
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,15 +33,20 @@ INPUTS, OUTPUTS = 2560, 10240
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, metavar="COUNT", help="(default: 9)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("--repeats", type=arguments.count, default=9, metavar="COUNT", help="(default: 9)")
     parser.add_argument(
-        "--shape", default=f"{OUTPUTS}x{INPUTS}", help=f"outputs x inputs (default: {OUTPUTS}x{INPUTS})"
+        "--shape",
+        type=arguments.shape,
+        default=f"{OUTPUTS}x{INPUTS}",
+        help=f"outputs x inputs (default: {OUTPUTS}x{INPUTS})",
     )
-    parser.add_argument("--copies", type=int, default=6, metavar="COUNT", help="matrices in turn (default: 6)")
+    parser.add_argument(
+        "--copies", type=arguments.count, default=6, metavar="COUNT", help="matrices in turn (default: 6)"
+    )
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    outputs, inputs = map(int, args.shape.split("x"))
+    outputs, inputs = args.shape
     weights = [torch.randn(outputs, inputs) * 0.02 for _ in range(args.copies)]
     packed = list(map(prepack, weights))
     halves = [weight.bfloat16() for weight in weights]
@@ -80,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import arguments
 import numpy as np
 import torch
 from compare_peers import NUM_PIECES, PEER_IDS, ours, prepared_transformer
 from compare_v1 import (
     SEED,
     add_shape_arguments,
-    check_arguments,
     describe,
     facts,
     make_parser,
@@ -37,7 +37,6 @@ from compare_v1 import (
 )
 
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.device import choose_placement
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add_shape_arguments(parser)
     parser.set_defaults(layers=24, width=1024, heads=16)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to sample (default: 64)")
+    parser.add_argument("--tokens", type=arguments.count, default=64, help="tokens to sample (default: 64)")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="(default: all)")
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args), "llama_cpp.py")
@@ -79,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the whole comparison."""
-    check_arguments(args)
-    require_positive("--tokens", args.tokens)
     if not Path("node_modules/node-llama-cpp").is_dir():
         raise InputError(f"node-llama-cpp is not in {Path.cwd()}: npm install --ignore-scripts node-llama-cpp")
     config = shape_of(args)

@@ -8,12 +8,10 @@ share whose true codes are likelier than the codes of the scene with its two obj
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 
+import arguments
 import numpy as np
 import torch
 
@@ -49,10 +47,10 @@ def masked_log_probabilities(model: Model, caption: str) -> np.ndarray:
 @torch.inference_mode()
 def main() -> int:
     """Print a line for each model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, help="folder of a world, written by cogview scenes")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("world", type=arguments.folder, help="folder of a world, written by cogview scenes")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names or folders")
-    parser.add_argument("-n", type=int, default=200, help="held-out scenes (default: 200)")
+    parser.add_argument("-n", type=arguments.count, default=200, help="held-out scenes (default: 200)")
     args = parser.parse_args()
     flush_denormals()
     world = EmojiWorld.load(args.world)
@@ -75,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

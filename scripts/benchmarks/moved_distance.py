@@ -11,13 +11,12 @@ python scripts/benchmarks/moved_distance.py pictures/real --network efficientnet
 # N pictures, H, W image in pixels, D features
 from __future__ import annotations
 
-import argparse
 import io
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import arguments
 import numpy as np
 import torch
 from PIL import Image
@@ -117,12 +116,14 @@ def distance(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
 
 def main() -> int:
     """Print a row for each change, then one for two halves of the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of pictures")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("folder", type=arguments.folder, help="folder of pictures")
     parser.add_argument(
         "--network", default="cogview-emoji", help="feature network, as of cogview eval images (default: %(default)s)"
     )
-    parser.add_argument("--changes", type=int, metavar="COUNT", help="measure the first changes alone (default: all)")
+    parser.add_argument(
+        "--changes", type=arguments.count, metavar="COUNT", help="measure the first changes alone (default: all)"
+    )
     options = parser.parse_args()
     paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < 2:
@@ -145,4 +146,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -11,14 +11,13 @@ up. Missing packages are left out.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import arguments
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,14 +110,14 @@ def tools(model: Projections, rows: int, width: int) -> dict[str, Tool]:
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["6x256", "8x512", "24x1024", "1x2560"], metavar="LAYERSxWIDTH")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="(default: 1 8 32)")
-    parser.add_argument("--repeats", type=int, default=15, metavar="COUNT", help="(default: 15)")
+    parser = arguments.Parser(__doc__)
+    shapes = [(6, 256), (8, 512), (24, 1024), (1, 2560)]
+    parser.add_argument("--shapes", type=arguments.shape, nargs="+", default=shapes, metavar="LAYERSxWIDTH")
+    parser.add_argument("--rows", type=arguments.count, nargs="+", default=[1, 8, 32], help="(default: 1 8 32)")
+    parser.add_argument("--repeats", type=arguments.count, default=15, metavar="COUNT", help="(default: 15)")
     args = parser.parse_args(argv)
     names: list[str] = []
-    for shape in args.shapes:
-        num_layers, width = map(int, shape.split("x"))
+    for num_layers, width in args.shapes:
         torch.manual_seed(0)
         model = Projections(num_layers, width).eval().requires_grad_(False)
         for rows in args.rows:
@@ -138,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 names = list(sides)
                 print("| shape | rows | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|")
             cells = [f"{statistics.median(times[name]) * 1e3:.2f}" for name in names]
-            print(f"| {shape} | {rows} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {num_layers}x{width} | {rows} | " + " | ".join(cells) + " |", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

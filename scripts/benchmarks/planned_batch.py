@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import arguments
 import numpy as np
 import torch
 
@@ -45,11 +46,15 @@ DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a row for each limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limits", type=int, nargs="+", default=LIMITS, metavar="MB", help="(default: %(default)s)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument(
+        "--limits", type=arguments.count, nargs="+", default=LIMITS, metavar="MB", help="(default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="as for cogview generate")
-    parser.add_argument("--images", type=int, default=2048, metavar="COUNT", help="images to generate (default: 2048)")
+    parser.add_argument(
+        "--images", type=arguments.count, default=2048, metavar="COUNT", help="images to generate (default: 2048)"
+    )
     parser.add_argument("--way", choices=("group", "data"), help="kind of limit on a CPU (default: group if possible)")
     args = parser.parse_args(argv)
     way = "share" if args.device == "cuda" else args.way or ("group" if _may_make_groups() else "data")
@@ -205,4 +210,4 @@ def _group(limit: int | None) -> Iterator[Path | None]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    sys.exit(main())
+    arguments.run_script(main)

@@ -9,10 +9,7 @@ of bfloat16; and the share of held-out captions whose generated image is right i
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
-
+import arguments
 import numpy as np
 import torch
 
@@ -49,11 +46,13 @@ def code_log_probs(model: CogView, captions: list[str], codes: np.ndarray, batch
 
 def main() -> int:
     """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, help="world of the emoji-cpu recipe, written by cogview scenes")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("world", type=arguments.folder, help="world of the emoji-cpu recipe, written by cogview scenes")
     parser.add_argument("--model", default="cogview-emoji", help="(default: cogview-emoji)")
-    parser.add_argument("-n", type=int, default=500, help="captions to generate images for (default: 500)")
-    parser.add_argument("--rows", type=int, default=100, help="scenes whose codes are predicted (default: 100)")
+    parser.add_argument("-n", type=arguments.count, default=500, help="captions to generate images for (default: 500)")
+    parser.add_argument(
+        "--rows", type=arguments.count, default=100, help="scenes whose codes are predicted (default: 100)"
+    )
     args = parser.parse_args()
     world = EmojiWorld.load(args.world)
     held_out = held_out_scenes(world, max(args.n, args.rows))
@@ -86,4 +85,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -17,12 +17,10 @@ protocol, and ``--read`` prints its table.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
+import arguments
 import numpy as np
 import torch
 from PIL import Image
@@ -245,16 +243,22 @@ def seed_and_count(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a case, or read its result, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, nargs="?", help="folder that cogview scenes made")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("world", type=arguments.folder, nargs="?", help="folder that cogview scenes made")
     parser.add_argument("--model", default="cogview-emoji", help="name or folder of a model (default: %(default)s)")
-    parser.add_argument("--captions", type=int, default=150, help="held-out captions (default: %(default)s)")
-    parser.add_argument("--skip", type=int, default=0, help="captions to leave out before them (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of captions and images (default: %(default)s)")
+    parser.add_argument(
+        "--captions", type=arguments.count, default=150, help="held-out captions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--skip", type=arguments.whole, default=0, help="captions to leave out before them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=arguments.whole, default=SEED, help="seed of captions and images (default: %(default)s)"
+    )
     parser.add_argument("--without", type=seed_and_count, metavar="SEED:COUNT", help="captions to leave out")
     parser.add_argument("--case", default="temperature=1.5", help="damage, as above (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="result file to write")
-    parser.add_argument("--read", type=Path, help="print the table of a result file")
+    parser.add_argument("--output", type=arguments.output_file, help="result file to write")
+    parser.add_argument("--read", type=arguments.file, help="print the table of a result file")
     options = parser.parse_args(argv)
     if options.read:
         print_table(read_result(options.read).results)
@@ -274,4 +278,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -5,13 +5,14 @@ python scripts/benchmarks/readme_commands.py [--runs 3]
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import arguments
 
 COMMANDS = (
     'pip install . && cogview generate "蓝色背景上的三只狐狸"',
@@ -40,8 +41,8 @@ def run_once(root: Path, folder: Path) -> list[float]:
 
 def main() -> int:
     """Print the seconds of every run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="(default: 3)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("--runs", type=arguments.count, default=3, help="(default: 3)")
     args = parser.parse_args()
     root = Path(__file__).resolve().parents[2]
     for number in range(args.runs):
@@ -52,4 +53,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -16,14 +16,12 @@ another device than a CPU. The cases:
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import arguments
 import numpy as np
 import torch
 from torch import Tensor
@@ -91,15 +89,17 @@ class Comparison:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--model", default="cogview-emoji", help="(default: cogview-emoji)")
     parser.add_argument("--device", default="auto", help="(default: auto)")
     parser.add_argument("--dtype", default="auto", help="(default: auto)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="(default: all)")
-    parser.add_argument("--batches", default="1,2,4,8,16", help="(default: 1,2,4,8,16)")
-    parser.add_argument("--windows", default="auto", help="codes drafted per row, such as 4,8,auto (default: auto)")
-    parser.add_argument("--repeats", type=int, default=9, help="batches of each kind (default: 9)")
-    parser.add_argument("--result", type=Path, help="write all values to a result file")
+    parser.add_argument("--batches", type=arguments.counts, default="1,2,4,8,16", help="(default: 1,2,4,8,16)")
+    parser.add_argument(
+        "--windows", type=windows, default="auto", help="codes drafted per row, such as 4,8,auto (default: auto)"
+    )
+    parser.add_argument("--repeats", type=arguments.count, default=9, help="batches of each kind (default: 9)")
+    parser.add_argument("--result", type=arguments.output_file, help="write all values to a result file")
     args = parser.parse_args(argv)
 
     model = CogView.from_pretrained(args.model, device=args.device, dtype=args.dtype)
@@ -108,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("|---|---|---|---|---|---|---|")
     values: dict[str, ResultValue] = {}
     for case in args.cases:
-        for batch in map(int, args.batches.split(",")):
+        for batch in args.batches:
             if batch == 1 and case == "candidates":
                 continue
-            for window in args.windows.split(","):
-                found = compare(model, case, batch, None if window == "auto" else int(window), args.repeats)
+            for window in args.windows:
+                found = compare(model, case, batch, None if window == "auto" else window, args.repeats)
                 print(f"| {case} | {batch} | {window} | {found.row()} |", flush=True)
                 values |= found.values(f"{case}.{batch}.{window}")
     if args.result:
@@ -132,6 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         write_result(args.result, manifest, values)
     return 0
+
+
+def windows(text: str) -> list[int | str]:
+    """Return the windows of a text such as ``4,8,auto``."""
+    return [part if part == "auto" else arguments.count(part) for part in text.split(",")]
 
 
 def compare(model: CogView, case: str, batch: int, window: int | None, repeats: int) -> Comparison:
@@ -200,4 +205,4 @@ def generated(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

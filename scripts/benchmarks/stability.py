@@ -33,13 +33,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import arguments
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from cogview.cli.main import run_safely
-from cogview.cli.options import require_positive
 from cogview.errors import InputError
 from cogview.kernels.attention import attention_reference, causal_bias
 from cogview.kernels.layer_norm import pb_relax_layer_norm
@@ -423,18 +423,30 @@ ONE_NORM = "one norm"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="COUNT", help=f"number of seeds (default: {SEEDS})")
-    parser.add_argument("--steps", type=int, default=160, help="training steps (default: 160)")
+    parser.add_argument("--seed", type=arguments.whole, default=0, help="first seed (default: 0)")
+    parser.add_argument(
+        "--seeds", type=arguments.count, default=SEEDS, metavar="COUNT", help=f"number of seeds (default: {SEEDS})"
+    )
+    parser.add_argument("--steps", type=arguments.count, default=160, help="training steps (default: 160)")
     for name, default in (("layers", 48), ("width", 64), ("heads", 4)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{name} of the models (default: {default})")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), metavar="RATE", help="learning rates")
+        parser.add_argument(
+            f"--{name}", type=arguments.count, default=default, help=f"{name} of the models (default: {default})"
+        )
+    parser.add_argument(
+        "--rates", type=arguments.positive, nargs="+", default=list(RATES), metavar="RATE", help="learning rates"
+    )
     cores = os.cpu_count() or 1
-    parser.add_argument("--processes", type=int, default=cores, help="parallel processes (default: one per core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics and every loss to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the errors and the losses to FILE (PNG)")
+    parser.add_argument(
+        "--processes", type=arguments.count, default=cores, help="parallel processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--json", type=arguments.output_file, metavar="FILE", help="write all metrics and every loss to FILE"
+    )
+    parser.add_argument(
+        "--plot", type=arguments.output_file, metavar="FILE", help="plot the errors and the losses to FILE (PNG)"
+    )
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args), "stability.py")
 
@@ -457,19 +469,10 @@ def run(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError early for values that would fail after minutes of work."""
-    for name in ("seeds", "layers", "width", "heads", "processes"):
-        require_positive(f"--{name}", getattr(args, name))
     if args.steps < 10:
         raise InputError(f"--steps must be at least 10, got {args.steps}")
     if args.width % args.heads:
         raise InputError(f"--width {args.width} does not divide into --heads {args.heads}; give a multiple of it")
-    for rate in args.rates:
-        if not 0 < rate < math.inf:
-            raise InputError(f"--rates must be above 0, got {rate}")
-    for name in ("json", "plot"):
-        file = getattr(args, name)
-        if file is not None and not file.resolve().parent.is_dir():
-            raise InputError(f"--{name} {file}: there is no folder {file.parent}; make it first")
     if args.plot is None:
         return
     missing = {"outliers", "injected"} - set(args.parts)

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
+import arguments
 import numpy as np
 from PIL import Image
 from quantization import code_log_probs
@@ -66,14 +67,16 @@ transformer:
 
 def main() -> int:
     """Make the pictures, train the adapter, generate and grade."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sprites", type=Path, help="folder of an unpacked emoji package")
-    parser.add_argument("work", type=Path, help="folder of the results")
-    parser.add_argument("--steps", type=int, default=300, help="(default: 300)")
-    parser.add_argument("--rank", type=int, default=16, help="(default: 16)")
-    parser.add_argument("--alpha", type=float, default=32.0, help="(default: 32)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: 0.001)")
-    parser.add_argument("--images", type=int, default=3, help="images of each held-out caption (default: 3)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("sprites", type=arguments.folder, help="folder of an unpacked emoji package")
+    parser.add_argument("work", type=arguments.output_folder, help="folder of the results")
+    parser.add_argument("--steps", type=arguments.count, default=300, help="(default: 300)")
+    parser.add_argument("--rank", type=arguments.count, default=16, help="(default: 16)")
+    parser.add_argument("--alpha", type=arguments.positive, default=32.0, help="(default: 32)")
+    parser.add_argument("--learning-rate", type=arguments.positive, default=1e-3, help="(default: 0.001)")
+    parser.add_argument(
+        "--images", type=arguments.count, default=3, help="images of each held-out caption (default: 3)"
+    )
     parser.add_argument("--word", default="立体", help="style word at the end of half of the captions (default: 立体)")
     parser.add_argument("--ceiling", action="store_true", help="stop after the ceiling")
     args = parser.parse_args()
@@ -243,4 +246,4 @@ class StyleGrader:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import arguments
+
 if TYPE_CHECKING:
     from cogview.modeling.config import TransformerConfig
 
@@ -168,37 +170,39 @@ def data_wait(recipe: str, work: Path, steps: int) -> None:
     print(f"samples per second: median {statistics.median(rates):.1f}")
 
 
-def main() -> None:
+def main() -> int:
     """Run all combinations in turn and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--presets", nargs="+", default=["20m"])
-    parser.add_argument("--layers", type=int, default=0, help="layers, instead of a preset (with --width, --heads)")
-    parser.add_argument("--width", type=int, default=2560)
-    parser.add_argument("--heads", type=int, default=40)
+    parser.add_argument(
+        "--layers", type=arguments.whole, default=0, help="layers, instead of a preset (with --width, --heads)"
+    )
+    parser.add_argument("--width", type=arguments.count, default=2560)
+    parser.add_argument("--heads", type=arguments.count, default=40)
     parser.add_argument("--precisions", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--engines", nargs="+", default=["torch"], choices=ENGINES)
     parser.add_argument("--checkpointing", nargs="+", default=["none"], choices=["none", "selective", "full"])
     parser.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"])
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=2, help="rows of each process in a step (default: 2)")
-    parser.add_argument("--length", type=int, default=1088, help="positions of a row (default: 1088)")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps in each round (default: 3)")
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=arguments.count, default=1)
+    parser.add_argument("--rows", type=arguments.count, default=2, help="rows of each process in a step (default: 2)")
+    parser.add_argument("--length", type=arguments.count, default=1088, help="positions of a row (default: 1088)")
+    parser.add_argument("--dropout", type=arguments.fraction, default=0.0)
+    parser.add_argument("--steps", type=arguments.count, default=3, help="timed steps in each round (default: 3)")
+    parser.add_argument("--warmup", type=arguments.whole, default=1)
+    parser.add_argument("--rounds", type=arguments.count, default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--peak", type=float, help="TFLOP/s of one process, dense, in each precision")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", type=arguments.positive, help="TFLOP/s of one process, dense, in each precision")
+    parser.add_argument("--json", type=arguments.output_file)
     parser.add_argument("--data-wait", metavar="RECIPE")
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--work", type=arguments.output_folder)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(json.loads(args.measure))))
-        return
+        return 0
     if args.data_wait:
         data_wait(args.data_wait, args.work, 100)
-        return
+        return 0
     import torch
 
     from cogview.device import DTYPES, choose_placement
@@ -262,7 +266,8 @@ def main() -> None:
         )
     if args.json:
         args.json.write_text(json.dumps({"device": name, "rows": rows}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run_script(main)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import arguments
+
 if TYPE_CHECKING:
     import torch
 
@@ -336,28 +338,29 @@ def in_words(value: Any) -> str:
     return format_bytes(int(value)) if isinstance(value, (int, float)) and value > 1000 else str(value)
 
 
-def main() -> None:
+def main() -> int:
     """Print the tables that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, bytes and percent")
     parser.add_argument("--held", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.held:
         print(json.dumps(held_row(args.held)))
-        return
+        return 0
     if unknown := [name for name in args.tables if name not in TABLES]:
         parser.error(f"table {unknown[0]!r} is unknown; known: {', '.join(TABLES)}")
     found = {name: list(TABLES[name]()) for name in args.tables or TABLES}
     if args.json:
         print(json.dumps(found, indent=2))
-        return
+        return 0
     for name, rows in found.items():
         columns = list(dict.fromkeys(key for row in rows for key in row))
         print(f"\n{name}\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for row in rows:
             print(f"| {' | '.join(in_words(row[key]) if key in row else '' for key in columns)} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run_script(main)

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+import arguments
+
 RUNS, ROWS = 5, 24
 WAYS = {
     "denormals": ("denormals kept", "denormals flushed"),
@@ -58,16 +60,16 @@ def measure(way: str, steps: int) -> None:
     print(statistics.median(times[1:]), metrics["loss"])
 
 
-def main() -> None:
+def main() -> int:
     """Run both methods in turn and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("choice", choices=list(WAYS))
-    parser.add_argument("--steps", type=int, default=8, help="steps of a run (default: 8)")
+    parser.add_argument("--steps", type=arguments.count, default=8, help="steps of a run (default: 8)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(args.measure, args.steps)
-        return
+        return 0
     ways = WAYS[args.choice]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     losses: dict[str, set[str]] = {way: set() for way in ways}
@@ -81,7 +83,8 @@ def main() -> None:
         print(f"{way}: {statistics.median(seconds[way]):.3f} s a step, loss {', '.join(sorted(losses[way]))}")
     before, after = (statistics.median(seconds[way]) for way in ways)
     print(f"first / second: {before / after:.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run_script(main)

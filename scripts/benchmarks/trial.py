@@ -8,7 +8,6 @@ python scripts/benchmarks/trial.py --old CHECKOUT [--only WORD] [--old-answers F
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import arguments
 import numpy as np
 from PIL import Image
 
@@ -281,11 +281,13 @@ def shortened(text: str) -> str:
 
 def main() -> int:
     """Run all cases in both checkouts and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old", type=Path, required=True, help="the checkout to compare with")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("--old", type=arguments.folder, required=True, help="the checkout to compare with")
     parser.add_argument("--only", default="", help="run the cases whose group or line has this text")
-    parser.add_argument("--old-answers", type=Path, help="take the old answers from this file, and add those it lacks")
-    parser.add_argument("--output", type=Path, help="write the table here as well")
+    parser.add_argument(
+        "--old-answers", type=arguments.output_file, help="take the old answers from this file, and add those it lacks"
+    )
+    parser.add_argument("--output", type=arguments.output_file, help="write the table here as well")
     options = parser.parse_args()
     kept = options.old_answers
     old = json.loads(kept.read_text("utf-8")) if kept and kept.is_file() else {}
@@ -323,4 +325,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -8,10 +8,7 @@ codes before it, as in generation. "Hidden": from the text, the small image and 
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
-
+import arguments
 import torch
 
 from cogview.data.store import TokenStore
@@ -26,10 +23,10 @@ from cogview.training.trainer import TransformerTrainer
 
 def main() -> int:
     """Print a line for each model, task and setting."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="store of held-out scenes, written by cogview encode")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("store", type=arguments.folder, help="store of held-out scenes, written by cogview encode")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names or folders")
-    parser.add_argument("-n", type=int, default=192, help="rows (default: 192)")
+    parser.add_argument("-n", type=arguments.count, default=192, help="rows (default: 192)")
     args = parser.parse_args()
     flush_denormals()
     store = TokenStore(args.store)
@@ -55,4 +52,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

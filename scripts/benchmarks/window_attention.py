@@ -10,15 +10,14 @@ at ``--reference-up-to``.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import arguments
 import numpy as np
 import torch
 from torch import Tensor
@@ -83,10 +82,10 @@ def peak(form: str, length: int, device: str) -> float:
 
 def main() -> int:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="(default: 1345 to 10760)")
-    parser.add_argument("--reference-up-to", type=int, default=5380, help="in positions (default: 5380)")
+    parser.add_argument("--lengths", type=arguments.count, nargs="+", default=LENGTHS, help="(default: 1345 to 10760)")
+    parser.add_argument("--reference-up-to", type=arguments.count, default=5380, help="in positions (default: 5380)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU was found")
@@ -116,4 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

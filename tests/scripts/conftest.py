@@ -48,3 +48,16 @@ RELEASED = (
 def v1_flags():
     """What a released script gives besides task, input and output."""
     return RELEASED
+
+
+@pytest.fixture
+def exit_status():
+    """A function that calls the main function of a script and returns its status, also where its parser exits."""
+
+    def call(main, words):
+        try:
+            return main(words)
+        except SystemExit as exit_:
+            return exit_.code
+
+    return call

@@ -181,16 +181,18 @@ def test_stability_outcome_finds_the_largest_tolerated_outlier(stability):
     ("arguments", "message"),
     [
         (("--steps", "3"), "--steps must be at least 10, got 3"),
-        (("--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("--seeds", "0"), "--seeds: expected a whole number from 1, got '0'"),
         (("--width", "10", "--heads", "4"), "--width 10 does not divide into --heads 4"),
-        (("--rates", "0.1", "-1"), "--rates must be above 0, got -1.0"),
+        (("--rates", "0.1", "-1"), "--rates: expected a number above 0, got '-1'"),
         (("--json", "nowhere/metrics.json"), "there is no folder nowhere"),
         (("--parts", "attention", "--plot", "here.png"), "--parts leaves out injected and outliers"),
     ],
 )
-def test_stability_reports_mistakes_in_one_line(stability, tmp_path, monkeypatch, capsys, arguments, message):
+def test_stability_reports_mistakes_in_one_line(
+    stability, exit_status, tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
-    assert stability.main(list(arguments)) == 2
+    assert exit_status(stability.main, list(arguments)) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1
