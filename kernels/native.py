@@ -14,19 +14,11 @@ instead. ``COGVIEW_KERNELS`` forces either.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
-import hashlib
 import logging
 import math
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,14 +26,9 @@ import torch
 from torch import Tensor
 
 from cogview.kernels.dispatch import ForcedKernelsError, forced_backend
+from cogview.kernels.native_library import CompileError, compiled_library, find_compiler, temporary_folder
 
-SOURCES = {  # of each library
-    "layers": ("vectors.h", "linear.h", "attention.h", "sampling.h", "layers.c"),
-    "training": ("vectors.h", "training.c"),  # ``native_training.py``
-}
-FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
 INTERFACE = 5  # of layers.c
-COMPILE_SECONDS = 300
 CHUNK_ROWS, SCRATCH_WIDTHS = 64, 13  # of layers.c: rows at a time, and floats of each in multiples of the width
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float16: 4}
 log = logging.getLogger(__name__)
@@ -61,31 +48,28 @@ class NativeLinear(ctypes.Structure):
     )
 
 
-class CompileError(Exception):
-    """Raised when the native kernels cannot be compiled or loaded; the message says why."""
-
-
-def uses_native_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+def uses_native_kernels(device: torch.device, dtype: torch.dtype, library: str = "layers") -> bool:
     """Return whether native kernels run for a model of ``dtype`` on ``device``.
 
     Args:
         device: Device of the model.
         dtype: Dtype of its vectors, float32 or bfloat16; for other models kernels do not exist. Its matrices may have
             any format of ``FORMATS``.
+        library: A key of ``SOURCES``, which is compiled.
 
     Raises:
         ForcedKernelsError: ``COGVIEW_KERNELS=native``, but they cannot be compiled.
     """
-    return _decide(device, dtype, os.environ.get("COGVIEW_KERNELS"))
+    return _decide(device, dtype, os.environ.get("COGVIEW_KERNELS"), library)
 
 
 @functools.cache
-def _decide(device: torch.device, dtype: torch.dtype, forced: str | None) -> bool:
+def _decide(device: torch.device, dtype: torch.dtype, forced: str | None, library: str) -> bool:
     """Return the decision for a value of ``COGVIEW_KERNELS``: each step of decoding asks for it."""
     if not _may_run(device, dtype):
         return False
     try:
-        load_library()
+        load_library(library)
     except CompileError as error:
         if forced_backend(device.type) is not None:
             raise ForcedKernelsError(
@@ -134,7 +118,7 @@ def load_library(name: str = "layers") -> ctypes.CDLL:
     """
     if name not in _loaded:
         try:
-            _loaded[name] = _open(compiled_library(name)), ""
+            _loaded[name] = _open_library(name), ""
         except CompileError as error:
             _loaded[name] = None, str(error)
     library, problem = _loaded[name]
@@ -146,133 +130,22 @@ def load_library(name: str = "layers") -> ctypes.CDLL:
 _loaded: dict[str, tuple[ctypes.CDLL | None, str]] = {}  # libraries by name, or None and the reason
 
 
-def compiled_library(library: str = "layers") -> Path:
-    """Return the file of the compiled kernels, made if it does not exist yet.
-
-    Its name has a hash of the sources, the compiler and the processor, so that another version compiles anew. Where the
-    cache folder cannot be written, the file is temporary.
-
-    Args:
-        library: A key of ``SOURCES``.
-
-    Raises:
-        CompileError: There is no compiler, or it fails.
-    """
-    compiler = find_compiler()
-    source = sources_folder() / SOURCES[library][-1]
-    name = f"{library}-{_fingerprint(compiler, library)}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+def _open_library(name: str) -> ctypes.CDLL:
+    """Compile and load a library; one whose folder forbids programs (``noexec``) is loaded from a temporary folder."""
+    path = compiled_library(name)
     try:
-        folder = folder.expanduser() / "cogview" / "native"
-        if _is_sealed(folder / name):
-            return folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together compile once
-            if not _is_sealed(folder / name):
-                _compile(compiler, source, folder / name)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        log.warning("%s cannot be written (%s): the native kernels are compiled for this run alone", folder, error)
-        folder = Path(_temporary_folder().name)
-        if not _is_sealed(folder / name):
-            _compile(compiler, source, folder / name)
-    return folder / name
-
-
-def find_compiler() -> tuple[str, ...]:
-    """Return the C compiler: the path of its program, then the options that ``CC`` adds.
-
-    Raises:
-        CompileError: There is none, or ``CC`` names no program.
-    """
-    if given := os.environ.get("CC", "").strip():
-        if (path := shutil.which(given)) is not None:  # it may have spaces
-            return (path,)
-        with suppress(ValueError):  # an open quotation mark
-            program, *options = shlex.split(given)
-            if (path := shutil.which(program)) is not None:
-                return path, *options
-        raise CompileError(f"CC is {given!r}, which names no program; set it to a C compiler, or unset it")
-    for name in ("cc", "gcc", "clang"):
-        if (path := shutil.which(name)) is not None:
-            return (path,)
-    raise CompileError("there is no C compiler (on Debian: apt install gcc)")
-
-
-def _seal(path: Path) -> None:
-    """Append a digest to a library, which the loader of the system ignores."""
-    content = path.read_bytes()
-    path.write_bytes(content + hashlib.sha256(content).digest())
-
-
-def _is_sealed(path: Path) -> bool:
-    """Return whether ``path`` is a whole library that was compiled here: a damaged one would end the process."""
-    if not path.is_file():
-        return False
-    content = path.read_bytes()
-    size = hashlib.sha256().digest_size
-    return len(content) > size and hashlib.sha256(content[:-size]).digest() == content[-size:]
-
-
-def sources_folder() -> Path:
-    """Return the folder of the C sources."""
-    return Path(__file__).resolve().parent / "c"
-
-
-@functools.cache
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder that is removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="cogview-native-")
-
-
-def _fingerprint(compiler: Sequence[str], library: str) -> str:
-    """Return a hash of everything that the compiled library depends on."""
-    path = Path(compiler[0]).resolve()
-    stat = path.stat()
-    options = (*compiler[1:], *FLAGS)
-    parts = [repr(options), str(path), str(stat.st_size), str(stat.st_mtime_ns), _processor()]
-    digest = hashlib.sha256("\n".join(parts).encode())
-    for source in SOURCES[library]:
-        digest.update((sources_folder() / source).read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _processor() -> str:
-    """Return the architecture and the instructions of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    kept = dict(line.split(":", 1) for line in lines if line.startswith(("flags", "Features", "model name")))
-    return platform.machine() + "".join(sorted(kept.values()))
-
-
-def _compile(compiler: Sequence[str], source: Path, path: Path) -> None:
-    """Compile ``source`` to the library ``path``, which appears when it is complete.
-
-    The library is linked without OpenMP: it uses the one that PyTorch has loaded, so that both share their threads.
-    """
-    started = time.monotonic()
-    log.warning("compiling native kernels for this processor, once")
-    with tempfile.TemporaryDirectory(prefix="cogview-native-", dir=path.parent) as scratch:
-        objects, library = Path(scratch) / "kernels.o", Path(scratch) / path.name
-        _run([*compiler, *FLAGS, "-c", str(source), "-o", str(objects)])
-        _run([*compiler, "-shared", str(objects), "-o", str(library), "-lm"])
-        _seal(library)
-        library.replace(path)
-    log.info("compiled %s in %.1f s", path, time.monotonic() - started)
-
-
-def _run(command: Sequence[str]) -> None:
-    """Run the compiler; raise CompileError if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CompileError(f"the compiler failed: {error}") from None
-    if done.returncode:
-        written = done.stderr.splitlines() or [f"exit status {done.returncode}"]
-        lines = [line for line in written if "error" in line] or written
-        raise CompileError(f"the compiler {command[0]} failed: {lines[0].strip()}")
+        return _open(path)
+    except CompileError as error:
+        copy = Path(temporary_folder().name) / path.name
+        if path == copy:
+            raise
+        try:
+            shutil.copyfile(path, copy)
+        except OSError:
+            raise error from None
+        library = _open(copy)
+        log.warning("%s; a temporary copy is loaded instead: set XDG_CACHE_HOME to another folder", error)
+        return library
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -285,7 +158,8 @@ def _open(path: Path) -> ctypes.CDLL:
         if library.cogview_interface() != INTERFACE:
             raise CompileError(f"{path} is of another version")
     except (OSError, AttributeError) as error:
-        raise CompileError(f"{path} cannot be loaded: {error}") from None
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CompileError(f"{path} cannot be loaded: {reason}") from None
     library.cogview_scratch.restype = ctypes.c_long
     library.cogview_scratch.argtypes = [ctypes.c_long] * 4
     library.cogview_layers.restype, library.cogview_linear.restype = ctypes.c_int, None

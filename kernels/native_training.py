@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cogview.kernels.native import FORMATS, CompileError, load_library, num_threads, uses_native_kernels
+from cogview.kernels.native import FORMATS, load_library, num_threads, uses_native_kernels
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of activations
 LANES = 16  # floats of the widest registers: widths must be multiples
@@ -58,16 +58,13 @@ def runs_native_training(x: Tensor, width: int = LANES) -> bool:
         return False
     if width % LANES or torch.compiler.is_compiling():
         return False
-    return uses_native_kernels(x.device, torch.float32) and _library() is not None
+    return uses_native_kernels(x.device, torch.float32, "training")
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """Return the library with the types of its arguments, or None where it cannot be compiled."""
-    try:
-        library = load_library("training")
-    except CompileError:
-        return None
+def _library() -> ctypes.CDLL:
+    """Return the library with the types of its arguments."""
+    library = load_library("training")
     pointer, whole, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     types = {
         "cogview_sandwich": (pointer, number, number),
@@ -78,12 +75,6 @@ def _library() -> ctypes.CDLL | None:
     for name, arguments in types.items():
         function = getattr(library, name)
         function.restype, function.argtypes = None, arguments
-    return library
-
-
-def _call() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None
     return library
 
 
@@ -106,7 +97,7 @@ class _SandwichNorm(torch.autograd.Function):
         statistics = x.new_empty(x.numel() // x.shape[-1], 4)
         call = _sandwich_call(dtype, x, branch, total, statistics, norms)
         call.normed = _pointer(normed)
-        _call().cogview_sandwich(ctypes.byref(call), 0, num_threads())
+        _library().cogview_sandwich(ctypes.byref(call), 0, num_threads())
         ctx.save_for_backward(branch, total, statistics, *norms)
         ctx.dtype = dtype
         ctx.set_materialize_grads(False)
@@ -130,7 +121,7 @@ class _SandwichNorm(torch.autograd.Function):
         call = _sandwich_call(ctx.dtype, total, branch, total, statistics, norms)
         call.d_total, call.d_normed, call.d_x = _pointer(d_total), _pointer(d_normed), _pointer(d_x)
         call.d_branch, call.sums = _pointer(d_branch), _pointer(sums)
-        _call().cogview_sandwich(ctypes.byref(call), 1, threads)
+        _library().cogview_sandwich(ctypes.byref(call), 1, threads)
         d_weight, d_bias, d_next_weight, d_next_bias = sums.sum(dim=0) if threads > 1 else sums[0]
         first = (d_weight, d_bias) if branch is not None else (None, None)
         second = (d_next_weight, d_next_bias) if d_normed is not None else (None, None)
@@ -213,7 +204,7 @@ class _BiasGelu(torch.autograd.Function):
 
 def _gelu(x: Tensor, bias: Tensor, d_result: Tensor | None, result: Tensor, sums: Tensor | None) -> None:
     width = x.shape[-1]
-    _call().cogview_gelu(
+    _library().cogview_gelu(
         *(FORMATS[x.dtype], x.data_ptr(), bias.data_ptr(), _pointer(d_result), x.numel() // width, width),
         *(result.data_ptr(), _pointer(sums), num_threads()),
     )
@@ -264,7 +255,7 @@ class _PackedAttention(torch.autograd.Function):
 def _attend(call: PackedAttentionCall, tensors: Sequence[Tensor], d_mixed: Tensor | None, d_qkv: Tensor | None) -> None:
     call.qkv, call.mixed, call.log_sums, call.lengths, call.starts = map(_pointer, tensors)
     call.d_mixed, call.d_qkv = _pointer(d_mixed), _pointer(d_qkv)
-    _call().cogview_packed_attention(ctypes.byref(call), int(d_mixed is not None), num_threads())
+    _library().cogview_packed_attention(ctypes.byref(call), int(d_mixed is not None), num_threads())
 
 
 def attends_natively(qkv: Tensor, num_heads: int, longest: int) -> bool:
@@ -310,7 +301,7 @@ def losses_in_place_native(logits_MI: Tensor, targets_M: Tensor, weights_M: Tens
     losses_M = weights_M.new_empty(rows)
     targets_M, weights_M = targets_M.contiguous(), weights_M.contiguous()
     assert logits_MI.stride(1) == 1
-    _call().cogview_losses(
+    _library().cogview_losses(
         *(FORMATS[logits_MI.dtype], logits_MI.data_ptr(), rows, count, logits_MI.stride(0)),
         *(targets_M.data_ptr(), weights_M.data_ptr(), int(write)),
         *(losses_M.data_ptr(), num_threads()),

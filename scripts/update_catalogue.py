@@ -22,6 +22,7 @@ SOURCES = (
     "cogview",
     "kernels/dispatch.py",
     "kernels/native.py",
+    "kernels/native_library.py",
     "tokenizers",
     "vqvae",
     "scripts",

@@ -23,7 +23,8 @@ from cogview.emoji.settings import WorldSettings
 from cogview.emoji.things import EmojiFiles, EmojiObject
 from cogview.emoji.world import EmojiWorld
 from cogview.kernels.dispatch import select_backend
-from cogview.kernels.native import SOURCES, CompileError, load_library
+from cogview.kernels.native import load_library
+from cogview.kernels.native_library import SOURCES, CompileError
 from tests import v1_release
 from tests.factories import tiny_model as build_tiny_model
 from tests.factories import tiny_text_tokenizer

@@ -169,7 +169,7 @@ def check_devices() -> Iterator[Diagnosis]:
 def check_kernels() -> Iterator[Diagnosis]:
     """Check the kernels that ``COGVIEW_KERNELS`` forces, and the C compiler that native kernels need."""
     from cogview.kernels.dispatch import ForcedKernelsError, forced_backend
-    from cogview.kernels.native import CompileError, find_compiler
+    from cogview.kernels.native_library import CompileError, find_compiler
 
     try:
         forced = forced_backend("cpu")

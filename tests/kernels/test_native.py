@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import platform
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cogview.generation.sampling import filter_logits, keyed_gumbel, noise_keys, sample
-from cogview.kernels import native
+from cogview.kernels import native, native_library
 from cogview.kernels.attention import attention_bias
 from cogview.kernels.dispatch import ForcedKernelsError
 from cogview.kernels.layer_norm import pb_relax_layer_norm_reference
 from cogview.kernels.linear import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from cogview.kernels.native import (
-    CompileError,
-    compiled_library,
     expects_native_kernels,
-    find_compiler,
     linear_native,
     sample_native,
     uses_native_kernels,
 )
+from cogview.kernels.native_library import CompileError, compiled_library, find_compiler
 from cogview.modeling.config import Sampling, TransformerConfig
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
@@ -341,7 +341,7 @@ def test_sample_native_scores_as_log_softmax_in_float64(num_ids):
 @needs_compiler
 @pytest.mark.slow
 def test_compiled_library_is_kept_and_repaired(empty_cache, monkeypatch, caplog):
-    monkeypatch.setattr(native, "FLAGS", ("-O0", *native.FLAGS[1:]))  # which compile sooner
+    monkeypatch.setattr(native_library, "FLAGS", ("-O0", *native_library.FLAGS[1:]))  # which compile sooner
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
     with caplog.at_level(logging.WARNING):
         path = compiled_library()
@@ -359,9 +359,9 @@ def test_compiled_library_is_kept_and_repaired(empty_cache, monkeypatch, caplog)
             whole[: len(whole) // 2] + whole[len(whole) // 2 + 1 :],
         ):
             path.write_bytes(damaged)
-            assert not native._is_sealed(path)
+            assert not native_library._is_sealed(path)
         assert uses_native_kernels(CPU, torch.float32)
-    assert native._is_sealed(path)
+    assert native_library._is_sealed(path)
 
 
 def test_uses_native_kernels_says_once_that_there_is_no_compiler(empty_cache, monkeypatch, caplog):
@@ -401,9 +401,11 @@ def test_uses_native_kernels_tries_once_where_nothing_is_kept(monkeypatch, tmp_p
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
     calls = []
     monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "find_compiler", lambda: (shutil.which("true"),))
-    monkeypatch.setattr(native, "_temporary_folder", lambda: SimpleNamespace(name=str(tmp_path)))
-    monkeypatch.setattr(native, "_compile", lambda compiler, source, path: calls.append(path) or path.write_bytes(b""))
+    monkeypatch.setattr(native_library, "find_compiler", lambda: (shutil.which("true"),))
+    monkeypatch.setattr(native_library, "temporary_folder", lambda: SimpleNamespace(name=str(tmp_path)))
+    monkeypatch.setattr(
+        native_library, "_compile", lambda compiler, source, path: calls.append(path) or path.write_bytes(b"")
+    )
     native._decide.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert not uses_native_kernels(CPU, torch.float32)
@@ -428,12 +430,61 @@ def test_compiled_library_works_without_a_cache_folder(monkeypatch, tmp_path, ca
     """An unwritable folder is reported, and the library is made for this process."""
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(native, "find_compiler", lambda: (shutil.which("true"),))
-    monkeypatch.setattr(native, "_compile", lambda compiler, source, path: path.write_bytes(b"library"))
+    monkeypatch.setattr(native_library, "find_compiler", lambda: (shutil.which("true"),))
+    monkeypatch.setattr(native_library, "_compile", lambda compiler, source, path: path.write_bytes(b"library"))
     with caplog.at_level(logging.WARNING):
         path = compiled_library()
     assert path.read_bytes() == b"library"
     assert "cannot be written" in caplog.text
+
+
+def test_compiled_library_is_temporary_where_the_cache_folder_is_full(empty_cache, monkeypatch, caplog):
+    def fill(path, kept):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(native_library, "find_compiler", lambda: (shutil.which("true"),))
+    monkeypatch.setattr(native_library, "_compile", lambda compiler, source, path: path.write_bytes(b"library"))
+    monkeypatch.setattr(native_library.shutil, "copyfile", fill)
+    with caplog.at_level(logging.WARNING):
+        path = compiled_library()
+    assert path.read_bytes() == b"library"
+    assert "No space left" in caplog.text
+    assert [file.name for file in empty_cache.iterdir()] == ["lock"]
+
+
+@needs_compiler
+def test_load_library_copies_one_whose_folder_forbids_programs(empty_cache, monkeypatch, caplog):
+    load = native.ctypes.CDLL
+
+    def refuse(path):
+        if Path(path).parent == empty_cache:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert native.load_library().cogview_interface() == native.INTERFACE
+    assert "cannot be loaded: failed to map segment from shared object; a temporary copy is loaded" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("forced", [None, "native"])
+def test_each_library_reports_that_it_cannot_be_compiled(empty_cache, monkeypatch, caplog, forced):
+    """The kernels of training are refused or reported as those of generation are, though the others run."""
+    native.load_library("layers")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    if forced is None:
+        monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("COGVIEW_KERNELS", forced)
+    assert uses_native_kernels(CPU, torch.float32)
+    if forced:
+        with pytest.raises(ForcedKernelsError, match="names no program"):
+            uses_native_kernels(CPU, torch.float32, "training")
+        return
+    with caplog.at_level(logging.WARNING):
+        assert not uses_native_kernels(CPU, torch.float32, "training")
+    assert "native kernels are missing, so each step takes longer: CC is 'no-such-compiler'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -448,7 +499,7 @@ def test_uses_native_kernels_only_where_they_are_meant_to_run(device, dtype, for
 
 def test_scratch_widths_agree_with_sources():
     """The planner counts the scratch memory of the library by two constants of its sources."""
-    source = (native.sources_folder() / "layers.c").read_text()
+    source = (native_library.sources_folder() / "layers.c").read_text()
     assert f"INTERFACE = {native.INTERFACE}, CHUNK_ROWS = {native.CHUNK_ROWS}" in source
     if expects_native_kernels(CPU, torch.float32):
         floats = native.load_library().cogview_scratch(10, 1000, 0, 0)

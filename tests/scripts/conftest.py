@@ -12,6 +12,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 @pytest.fixture
 def load_script(monkeypatch):
     """A function that imports a script by name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
     monkeypatch.syspath_prepend(str(SCRIPTS))
     loaded = set(sys.modules)
     yield importlib.import_module
