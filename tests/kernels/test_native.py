@@ -128,7 +128,7 @@ def test_linear_native_multiplies_16_bits_as_float32(dtype):
 @pytest.mark.parametrize("processor", ["haswell", "x86-64"])
 def test_kernels_for_older_processors_equal_the_reference(processor, empty_cache, monkeypatch):
     """Compile for processors with AVX2 and with SSE2 alone, whatever this one has."""
-    monkeypatch.setattr(native, "FLAGS", ("-O1", f"-march={processor}", "-fopenmp", "-fPIC", "-std=gnu11"))
+    monkeypatch.setattr(native_library, "FLAGS", ("-O1", f"-march={processor}", "-fopenmp", "-fPIC", "-std=gnu11"))
     torch.manual_seed(0)
     for weights in FORMATS:
         values, scales, dense = stored(torch.randn(70, 96), weights)
@@ -469,7 +469,7 @@ def test_load_library_copies_one_whose_folder_forbids_programs(empty_cache, monk
 
 @needs_compiler
 @pytest.mark.parametrize("forced", [None, "native"])
-def test_each_library_reports_that_it_cannot_be_compiled(empty_cache, monkeypatch, caplog, forced):
+def test_libraries_report_that_they_cannot_be_compiled(empty_cache, monkeypatch, caplog, forced):
     """The kernels of training are refused or reported as those of generation are, though the others run."""
     native.load_library("layers")
     monkeypatch.setenv("CC", "no-such-compiler")

@@ -79,7 +79,7 @@ def test_load_weights_gives_both_shapes_when_they_differ():
 
 
 @pytest.mark.parametrize("copies", [2, 3])
-def test_a_wider_model_starts_with_the_same_function_and_different_copies(copies):
+def test_load_weights_of_a_narrower_model_keeps_its_function(copies):
     torch.manual_seed(0)
     source = model_of("红狐狸色", width=16, num_layers=2)
     with torch.no_grad():
@@ -97,6 +97,6 @@ def test_a_wider_model_starts_with_the_same_function_and_different_copies(copies
     assert not torch.allclose(gradient[:64], gradient[64:128], rtol=0.1)
 
 
-def test_a_narrower_model_does_not_start_from_a_wider_one():
+def test_load_weights_refuses_a_wider_model():
     with pytest.raises(InputError, match="has another shape than this recipe"):
         load_weights(model_of("红狐狸色", width=8), model_of("红狐狸色", width=16, num_heads=4), "wide")

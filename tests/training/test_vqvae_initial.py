@@ -94,7 +94,7 @@ def test_load_initial_vqvae_refuses_other_networks(tokenizer, config, key):
         load_initial_vqvae(name, config, 0)
 
 
-def test_more_residual_blocks_start_as_identities_and_learn(tokenizer):
+def test_load_initial_vqvae_adds_residual_blocks_as_identities(tokenizer):
     name, source = tokenizer(CONFIG)
     config = dataclasses.replace(CONFIG, encoder_blocks=(0, 1, 2), decoder_blocks=(1, 0, 3))
     initial = load_initial_vqvae(name, config, 0)
@@ -116,7 +116,7 @@ def test_more_residual_blocks_start_as_identities_and_learn(tokenizer):
     )
 
 
-def test_more_residual_blocks_do_not_need_the_same_codebook(tokenizer):
+def test_load_initial_vqvae_adds_residual_blocks_for_another_codebook(tokenizer):
     name, _ = tokenizer(CONFIG)
     initial = load_initial_vqvae(name, dataclasses.replace(CONFIG, decoder_blocks=(0, 0, 2), num_codes=24), 0)
     assert "with 1 more residual block that begin as identities; anew: a codebook of 24 codes" in initial.description
