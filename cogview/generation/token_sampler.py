@@ -48,7 +48,7 @@ class TokenSampler:
             batch: Sequences of ``rows``.
             rows: Rows of the requests.
         """
-        device, num_requests = transformer.embedding.weight.device, len(requests)
+        device = transformer.embedding.weight.device
         self.transformer, self.vocabulary, self.requests, self.batch = transformer, vocabulary, requests, batch
         seeds_J1 = torch.tensor([[request.seed] for request in requests], device=device)
         images_J1 = torch.tensor([[request.image] for request in requests], device=device)
