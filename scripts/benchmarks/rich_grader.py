@@ -8,13 +8,11 @@ python scripts/benchmarks/rich_grader.py WORLD [--scenes 500] [--poor]
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
+import arguments
 import numpy as np
 from PIL import Image, ImageFilter
 
@@ -118,18 +116,16 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 
 def main() -> int:
     """Print the two tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("world", type=Path, help="folder of a rich world, as cogview scenes writes it")
-    parser.add_argument("--scenes", type=int, default=500, help="number of scenes of each kind (default: 500)")
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("world", type=arguments.folder, help="folder of a rich world, as cogview scenes writes it")
+    parser.add_argument(
+        "--scenes", type=arguments.count, default=500, help="number of scenes of each kind (default: 500)"
+    )
     parser.add_argument("--poor", action="store_true", help="blur the images and add noise")
     options = parser.parse_args()
-    try:
-        world = EmojiWorld.load(options.world)
-        if not world.settings.is_rich:
-            raise InputError(f"{options.world} is a plain world; expected a rich one")
-    except InputError as error:
-        print(f"rich_grader.py: {error}", file=sys.stderr)
-        return 2
+    world = EmojiWorld.load(options.world)
+    if not world.settings.is_rich:
+        raise InputError(f"{options.world} is a plain world; expected a rich one")
     measure(world, options.scenes, poor=options.poor)
     return 0
 
@@ -173,4 +169,4 @@ def measure(world: EmojiWorld, count: int, *, poor: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run_script(main)

@@ -7,6 +7,7 @@ import pytest
 
 from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.scene import SceneWeights
+from cogview.errors import InputError
 
 
 @pytest.fixture
@@ -49,8 +50,8 @@ def test_rich_grader_prints_a_row_for_each_kind_and_fault(rich_grader, world_fol
     assert sum(" (of " in line for line in lines) == 7
 
 
-def test_rich_grader_refuses_a_plain_world(rich_grader, make_tiny_world, tmp_path, monkeypatch, capsys):
+def test_rich_grader_refuses_a_plain_world(rich_grader, make_tiny_world, tmp_path, monkeypatch):
     make_tiny_world().save(tmp_path / "plain")
     monkeypatch.setattr(sys, "argv", ["rich_grader.py", str(tmp_path / "plain")])
-    assert rich_grader.main() == 2
-    assert "is a plain world; expected a rich one" in capsys.readouterr().err
+    with pytest.raises(InputError, match="is a plain world; expected a rich one"):
+        rich_grader.main()
