@@ -333,6 +333,8 @@ class JobPlan:
         sampling = {**shared, **record.sampling}
         resolved_sampling = self.model.sampling(**sampling, task=task)
         resolved = ResolvedRecord(record=record, n=record.n or self.settings.n, sampling=resolved_sampling)
+        if record.negative is not None:
+            self.model.tokenize_negative(record.negative, resolved_sampling)
         if self.settings.upscale and resolved.is_ranked_task:
             return replace(resolved, upscale_sampling=self.model.sampling(**sampling, task="upscale"))
         return resolved
@@ -346,12 +348,13 @@ class JobPlan:
             return []
         seed = self.seed if record.seed is None else record.seed
         changes = (record.rows, record.mask, record.share)
-        key = (record.task, record.prompt, record.image, *changes, seed, resolved.sampling)
+        key = (record.task, record.prompt, record.negative, record.image, *changes, seed, resolved.sampling)
         first, counts[key] = counts[key], counts[key] + resolved.n
         codes = self._placeholder(record)
         return [
             GenerationRequest(
                 prompt=record.prompt or "",
+                negative=record.negative or "",
                 seed=seed,
                 index=index,
                 task=record.task,

@@ -38,6 +38,7 @@ class JobRecord:
 
     Attributes:
         number: Number of its first line in the file, from 1.
+        negative: Text that guidance leads away from.
         image: Path of the given image, relative to the current folder.
         images: Paths of the images to rank, likewise.
         mask: Part of the image that may change: the path of a mask, likewise, or a box ``x,y,w,h`` in pixels.
@@ -52,6 +53,7 @@ class JobRecord:
     number: int
     id: str | None = None
     prompt: str | None = None
+    negative: str | None = None
     task: str = "generate"
     image: Path | None = None
     images: tuple[Path, ...] | None = None
@@ -98,6 +100,9 @@ class JobRecord:
             Sampling(**self.sampling)  # type: ignore[arg-type]  # top_k is an int
             if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
                 raise ValueError(f"the seed must be from 0 to {MAX_SEED}, got {self.seed}")
+        if self.negative is not None and self.row.weights != "generate":
+            users = ", ".join(name for name, task in tasks.items() if task.weights == "generate")
+            raise ValueError(f"negative means nothing for the task {self.task}; it belongs to: {users}")
 
     @property
     def key(self) -> str:

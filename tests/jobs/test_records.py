@@ -110,8 +110,8 @@ WRONG_OBJECTS = [
     ('{"promt": "狗"}', '"promt" is unknown; did you mean "prompt"?'),
     (
         '{"狗": 1}',
-        '"狗" is unknown; known: id, prompt, task, image, images, rows, mask, strength, keep, n, rank_by, seed, '
-        "temperature, top_k, top_p, min_p, guidance, text_attention, noise_version",
+        '"狗" is unknown; known: id, prompt, negative, task, image, images, rows, mask, strength, keep, n, rank_by, '
+        "seed, temperature, top_k, top_p, min_p, guidance, text_attention, noise_version",
     ),
     ('{"prompt": "狗", "n": 2.5}', "n: expected a whole number, got 2.5"),
     ('{"prompt": "狗", "n": true}', "n: expected a whole number, got true"),
