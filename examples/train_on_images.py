@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from cogview import CogView, InputError
 from cogview.data.builders.encode import EncodeSettings, encode_dataset
-from cogview.data.image_dataset import ImageDataset, ImageExample, captions
+from cogview.data.image_dataset import ImageDataset, ImageExample, texts
 from cogview.image_io.reading import fit, read_image
 from cogview.training.distributed import init_distributed
 from cogview.training.recipe import Recipe
@@ -87,7 +87,7 @@ def draw_landscapes(folder: Path) -> None:
 
 def train_tokenizers(recipe: Recipe, training: ImageDataset, held_out: ImageDataset) -> None:
     """Train the text tokenizer and the VQ-VAE, and encode both splits into stores."""
-    train_text_model(recipe.text_model, recipe.settings(TextTokenizerRecipe, "text"), captions(training))
+    train_text_model(recipe.text_model, recipe.settings(TextTokenizerRecipe, "text"), texts(training))
     run, context = RunFolder(recipe.image_run), init_distributed("cpu")
     train_vqvae(recipe.settings(VQVAERecipe, "image"), training, held_out, run, context)
     export_image_tokenizer(run, recipe.image_tokenizer)

@@ -326,7 +326,7 @@ def test_recipes_of_the_repository_are_readable(path, tmp_path):
     from cogview.cli.package import PackageSettings
     from cogview.config_io import read_recipe
     from cogview.emoji.datasets import SceneEncodeSettings
-    from cogview.emoji.settings import WorldSettings
+    from cogview.emoji.export import SceneRecipe
     from cogview.tokenizers.layouts import layouts
     from cogview.training.picture_encoding import PictureEncodeSettings
     from cogview.training.recipe import Recipe
@@ -347,7 +347,7 @@ def test_recipes_of_the_repository_are_readable(path, tmp_path):
         assert pictures.held_out == image.held_out  # no held-out picture of one step is trained on in the other
         assert layouts(image.side // 8)["generate"].max_position(pictures.text_width) <= transformer.max_positions
         return
-    world = recipe.settings(WorldSettings, "scenes")
+    world = recipe.settings(SceneRecipe, "scenes")
     encode = recipe.settings(SceneEncodeSettings, "encode")
     assert (ROOT / recipe.settings(PackageSettings, "package").card).is_file()
     assert set(recipe.sections) == {"work", "scenes", "text", "image", "encode", "transformer", "package"}

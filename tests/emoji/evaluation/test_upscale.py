@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from cogview.checkpoints.checkpoint import NamedThing
+from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import held_out_scenes
 from cogview.emoji.evaluation.upscale import (
     border_mask,
@@ -204,7 +205,8 @@ def test_evaluate_upscale_describes_its_protocol(world):
     asked = asdict(Sampling(temperature=0.5, top_k=3))
     assert model.calls == [{"seed": SEED, "batch_size": size, **asked} for size in (2, 100)]
     made = reports[0]["protocol"]
-    assert (made["captions"], made["seed"], made["model"], made["sampling"]) == (COUNT, SEED, "enlarger", asked)
+    recorded = to_mapping(Sampling(temperature=0.5, top_k=3))
+    assert (made["captions"], made["seed"], made["model"], made["sampling"]) == (COUNT, SEED, "enlarger", recorded)
 
 
 def test_evaluate_upscale_refuses_a_model_without_the_task(world):
